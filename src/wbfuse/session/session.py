@@ -1,0 +1,374 @@
+"""One FUSE connection: reader threads receive, decode, and answer or hand on; anybody may reply.
+
+Rules:
+- A reply is one writev. Each request is answered exactly once: directly by the thread that serves it, or, once
+  parked, by whoever takes it out of `_parked` first.
+- With one reader, what may block goes to the pool. With several (write-through), a reader may serve a blocking
+  request itself while it holds one of `readers - 1` permits, so one reader at least is always reading; this saves
+  the hand-over to another thread, which costs more than a 4 KiB request.
+- ENODEV and ECONNABORTED from the device are the normal end.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import mmap
+import os
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from wbfuse.filesystem.api import PARKED, FileSystem, Finish, Parked, Request, WouldBlock, error_number
+from wbfuse.filesystem.dispatch import Route, routes, wishes_of
+from wbfuse.session.mount import max_pages_limit
+from wbfuse.session.notifier import Notifier
+from wbfuse.session.pool import Pool
+from wbfuse.wire import replies, text
+from wbfuse.wire import requests as wire
+from wbfuse.wire.constants import IN_HEADER, UNIQUE_RESEND, WRITE_PREFIX, Opcode
+from wbfuse.wire.negotiate import Agreement, Wishes, negotiate
+
+log = logging.getLogger(__name__)
+
+_HELPERS = 32
+_GONE = (errno.ENODEV, errno.ECONNABORTED)
+_AGAIN = (errno.EINTR, errno.EAGAIN, errno.ENOENT)
+_unpack_header = wire.HEADER.unpack_from
+_unpack_io = wire.READ_IN.unpack_from
+_WRITE_REPLY = replies.Struct("<IiQI4x")
+_OUT = replies.OUT
+
+
+class _Way(Finish):
+    """The way back of one opcode's requests: how its value becomes bytes."""
+
+    __slots__ = ("encode", "raw", "session")
+
+    def __init__(self, session: Session, encode: Callable[[Any], bytes], raw: bool = False) -> None:
+        self.session = session
+        self.encode = encode
+        self.raw = raw
+
+    def park(self, request: Request) -> Parked:
+        self.session.parked[request.unique & ~UNIQUE_RESEND] = request
+        return PARKED
+
+    def complete(self, request: Request, value: object, error: int) -> None:
+        if self.session.parked.pop(request.unique & ~UNIQUE_RESEND, None) is None:
+            return  # somebody else (an interrupt, most likely) was first
+        if error:
+            self.session.send_error(request.unique, error)
+        elif self.raw:
+            self.session.send_data(request.unique, value)
+        else:
+            self.session.send_value(request.unique, self.encode, value)
+
+
+class Session:
+    """Serve `fs` over the connection `fd` (owned from now on). `start`, then `wait`.
+
+    `debug` is called with one line a request and reply. Callers of `wait` get control back when the kernel has
+    ended the connection (unmount) and every handler has returned.
+    """
+
+    def __init__(self, fd: int, fs: FileSystem, debug: Callable[[str], None] | None = None) -> None:
+        self.fd = fd
+        self.fs = fs
+        self.debug = debug
+        self.parked: dict[int, Request] = {}
+        """By unique (without its resend bit). dict.pop is the one arbiter of who answers."""
+        self.agreement: Agreement | None = None
+        self.failure: str | None = None
+        """Why the connection could not be negotiated."""
+        self.ready = threading.Event()
+        """Set when INIT is answered, or has failed, or the session has ended."""
+        self.ended = threading.Event()
+        self.notifier = Notifier(fd)
+        self.pool = Pool(_HELPERS, "helper")
+        self._routes: dict[int, Route] = routes(fs)
+        self._ways = {code: _Way(self, r.encode, code == Opcode.READ) for code, r in self._routes.items()}
+        self._read_inline = "read" in fs.inline
+        self._write_inline = "write" in fs.inline
+        self._permits: list[None] = [None] * (fs.readers - 1)
+        self._counts: list[list[int]] = []
+        self._threads: list[threading.Thread] = []
+
+    # life
+
+    def start(self) -> None:
+        """Start the first reader; the others follow once INIT has been answered."""
+        sys.setswitchinterval(50e-6)  # the default of 5 ms lets one busy thread starve the reader
+        self._start_reader()
+        threading.Thread(target=self._finish, name="session-end", daemon=True).start()
+
+    def wait(self) -> None:
+        self.ended.wait()
+
+    def requests(self) -> dict[str, int]:
+        """Requests received so far, by opcode name."""
+        totals = [sum(column) for column in zip(*self._counts, strict=True)]
+        return {text.opcode_name(code): n for code, n in enumerate(totals) if n}
+
+    def _start_reader(self) -> None:
+        counts = [0] * 64
+        self._counts.append(counts)
+        thread = threading.Thread(target=self._guard_reader, args=(counts,), name="reader", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _guard_reader(self, counts: list[int]) -> None:
+        try:
+            self._read_loop(counts)
+        except Exception:  # a reader must not die unseen: the mount would hang
+            log.exception("the reader failed; the connection ends")
+            self.failure = self.failure or "the reader failed, see the log"
+        finally:
+            if not self.ready.is_set():
+                self.failure = self.failure or "the connection ended before it was negotiated"
+                self.ready.set()
+
+    def _finish(self) -> None:
+        for thread in self._threads:  # grows while INIT is served, which is before the first thread ends
+            thread.join()
+        self.pool.close()
+        self.notifier.close()
+        try:
+            self.fs.destroy()
+        except Exception:
+            log.exception("destroy failed")
+        os.close(self.fd)
+        self.ended.set()
+
+    # receiving
+
+    def _read_loop(self, counts: list[int]) -> None:
+        readv, fd, fs = os.readv, self.fd, self.fs
+        receive_target = fs.receive_target
+        prefix = bytearray(WRITE_PREFIX)
+        own = memoryview(mmap.mmap(-1, max(fs.max_write, 1 << 17)))
+        own[:: mmap.PAGESIZE] = bytes(len(own) // mmap.PAGESIZE)  # resident: a kill in mid-copy must not fail a WRITE
+        while True:
+            tail = receive_target()
+            if tail is None:
+                tail = own
+            try:
+                n = readv(fd, (prefix, tail))
+            except OSError as e:
+                if e.errno in _GONE:
+                    return
+                if e.errno in _AGAIN:
+                    continue
+                raise
+            length, opcode, unique, nodeid, uid, gid, pid, extensions = _unpack_header(prefix)
+            if length != n:
+                log.error("a request of %d bytes says that it has %d; dropped", n, length)
+                continue
+            counts[opcode & 63] += 1
+            if self.debug is not None:
+                self._trace(prefix, tail, n)
+            if opcode == Opcode.WRITE:
+                self._write(Request(unique, nodeid, uid, gid, pid, self._ways[opcode]), prefix, tail)
+            elif opcode == Opcode.READ:
+                self._read(Request(unique, nodeid, uid, gid, pid, self._ways[opcode]), _unpack_io(prefix, IN_HEADER))
+            else:
+                body = prefix[IN_HEADER:n] if n <= WRITE_PREFIX else prefix[IN_HEADER:] + tail[: n - WRITE_PREFIX]
+                self._other(opcode, Request(unique, nodeid, uid, gid, pid, self._ways.get(opcode, _NO_WAY)), body, extensions)
+
+    def _write(self, request: Request, prefix: bytearray, tail: memoryview) -> None:
+        fh, offset, size, write_flags, _owner, flags = _unpack_io(prefix, IN_HEADER)
+        if self._write_inline:
+            self._serve_write(request, fh, offset, tail[:size], write_flags, flags)
+            return
+        request.blocking = True
+        if self._permits and self._take_permit():
+            self._serve_write(request, fh, offset, tail[:size], write_flags, flags)
+            self._permits.append(None)
+        else:
+            self.pool.submit(partial(self._serve_write, request, fh, offset, memoryview(bytes(tail[:size])), write_flags, flags))
+
+    def _serve_write(
+        self, request: Request, fh: int, offset: int, data: memoryview, write_flags: int, flags: int
+    ) -> None:
+        try:
+            done = self.fs.write(request, fh, offset, data, write_flags, flags)
+        except WouldBlock:
+            request.blocking = True
+            copy = memoryview(bytes(data))
+            self.pool.submit(partial(self._serve_write, request, fh, offset, copy, write_flags, flags))
+        except Exception as e:
+            self._failed(request, Opcode.WRITE, e)
+        else:
+            if not isinstance(done, Parked):
+                self._send((_WRITE_REPLY.pack(24, 0, request.unique, done),), request.unique)
+
+    def _read(self, request: Request, fields: tuple[int, ...]) -> None:
+        if self._read_inline:
+            self._serve_read(request, fields)
+            return
+        request.blocking = True
+        self._where_it_may_block(partial(self._serve_read, request, fields))
+
+    def _serve_read(self, request: Request, fields: tuple[int, ...]) -> None:
+        fh, offset, size, _read_flags, _owner, flags = fields
+        try:
+            data = self.fs.read(request, fh, offset, size, flags)
+        except WouldBlock:
+            request.blocking = True
+            self._where_it_may_block(partial(self._serve_read, request, fields))
+        except Exception as e:
+            self._failed(request, Opcode.READ, e)
+        else:
+            if data is not PARKED:
+                self.send_data(request.unique, data)
+
+    def _other(self, opcode: int, request: Request, raw: bytearray, extensions: int) -> None:
+        op = wire.OPS.get(opcode)
+        if op is None:
+            self.send_error(request.unique, errno.ENOSYS)
+            return
+        try:
+            body = wire.decode_body(op, memoryview(raw)[: len(raw) - extensions * 8])
+        except wire.WireError as e:
+            log.error("%s", e)
+            self.send_error(request.unique, errno.EIO)
+            return
+        route = self._routes.get(opcode)
+        if route is None:
+            self._own(opcode, request.unique, body)
+        elif route.inline:
+            self._serve(route, request, body)
+        else:
+            request.blocking = True
+            self._where_it_may_block(partial(self._serve, route, request, body))
+
+    def _own(self, opcode: int, unique: int, body: Any) -> None:
+        """The requests that are the session's and not the file system's."""
+        if opcode == Opcode.INIT:
+            self._init(unique, body)
+        elif opcode == Opcode.INTERRUPT:
+            parked = self.parked.get(body.unique & ~UNIQUE_RESEND)
+            if parked is not None and parked.on_interrupt is not None:
+                parked.on_interrupt()
+        elif opcode == Opcode.DESTROY:
+            self._send((_OUT.pack(16, 0, unique),), unique)
+        elif opcode != Opcode.NOTIFY_REPLY:
+            self.send_error(unique, errno.ENOSYS)
+
+    def _init(self, unique: int, offer: wire.Init) -> None:
+        fs = self.fs
+        if offer.major > 7:
+            # The kernel asks again with our major version.
+            self._send((_OUT.pack(16 + 64, 0, unique), replies.init_out(45, 0, 0, 0, 0, 0, 0)), unique)
+            return
+        wishes = Wishes(wishes_of(fs), fs.required, fs.max_write, fs.max_readahead)
+        try:
+            self.agreement = negotiate(offer, wishes, max_pages_limit())
+            fs.init(self.agreement)
+        except (wire.WireError, OSError) as e:
+            self.failure = str(e)
+            self.send_error(unique, errno.EPROTO)
+            self.ready.set()
+            return
+        gc.collect()
+        gc.freeze()  # what lives from here to the end is not looked at again
+        for _ in range(fs.readers - 1):
+            self._start_reader()
+        self.send_value(unique, Agreement.encode, self.agreement)
+        self.ready.set()
+
+    def _serve(self, route: Route, request: Request, body: Any) -> None:
+        try:
+            value = route.call(request, body)
+            if value is not PARKED and not route.silent:
+                self.send_value(request.unique, route.encode, value)
+        except WouldBlock:
+            request.blocking = True
+            self._where_it_may_block(partial(self._serve, route, request, body))
+        except Exception as e:
+            self._failed(request, route.op.opcode, e, body, route.silent)
+
+    def _failed(self, request: Request, opcode: int, e: Exception, body: object = None, silent: bool = False) -> None:
+        """An OSError is an answer; anything else is a defect: logged with its request, answered EIO, and life goes on."""
+        if isinstance(e, OSError):
+            number = error_number(e)
+        else:
+            number = errno.EIO
+            header = wire.Header(0, opcode, request.unique, request.nodeid, request.uid, request.gid, request.pid, 0)
+            log.error("a handler failed: %s", text.request_line(header, body), exc_info=e)
+        self.parked.pop(request.unique & ~UNIQUE_RESEND, None)
+        if not silent:
+            self.send_error(request.unique, number)
+
+    # threads
+
+    def _take_permit(self) -> bool:
+        try:
+            self._permits.pop()
+        except IndexError:
+            return False
+        return True
+
+    def _where_it_may_block(self, job: Callable[[], None]) -> None:
+        if self._permits and self._take_permit():
+            job()
+            self._permits.append(None)
+        else:
+            self.pool.submit(job)
+
+    # replying, from any thread
+
+    def send_error(self, unique: int, number: int) -> None:
+        self._send((replies.error(unique, number),), unique)
+
+    def send_value(self, unique: int, encode: Callable[[Any], bytes], value: object) -> None:
+        try:
+            body = encode(value)
+        except OSError as e:
+            self.send_error(unique, error_number(e))
+        except Exception:
+            log.exception("a reply could not be encoded: %r", value)
+            self.send_error(unique, errno.EIO)
+        else:
+            self._send((_OUT.pack(16 + len(body), 0, unique), body), unique)
+
+    def send_data(self, unique: int, data: Any) -> None:
+        """A READ reply without a copy: one buffer or a sequence of them."""
+        if isinstance(data, (list, tuple)):
+            self._send((_OUT.pack(16 + sum(map(len, data)), 0, unique), *data), unique)
+        else:
+            self._send((_OUT.pack(16 + len(data), 0, unique), data), unique)
+
+    def _send(self, parts: tuple[Any, ...], unique: int) -> None:
+        if self.debug is not None:
+            _, error, _ = _OUT.unpack_from(parts[0])
+            self.debug(text.reply_line(unique, -error, sum(map(len, parts)) - 16))
+        try:
+            os.writev(self.fd, parts)
+        except OSError as e:
+            if e.errno == errno.ENOENT or e.errno in _GONE:
+                return  # interrupted and forgotten, or the connection has ended: nobody waits for this
+            log.error("the kernel refused a reply to %d: %s", unique, e)
+            if len(parts) > 1 or len(parts[0]) > 16:
+                self.send_error(unique, errno.EIO)
+
+    def _trace(self, prefix: bytearray, tail: memoryview, n: int) -> None:
+        raw = bytes(prefix[:n]) + bytes(tail[: max(0, n - WRITE_PREFIX)])
+        if self.debug is None:
+            return
+        try:
+            self.debug(text.request_line(*wire.decode(memoryview(raw))))
+        except wire.WireError as e:
+            self.debug(f"> not understood: {e}")
+
+
+class _NoWay(Finish):
+    """For requests that no file system method serves, so none can park."""
+
+    __slots__ = ()
+
+
+_NO_WAY = _NoWay()
