@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final
 
 from wbfuse.wire import requests as wire
@@ -100,6 +101,9 @@ class FileSystem:
     max_readahead: int = 1 << 20
     readers: int = 1
     """Threads that receive requests. More than one pays only where most requests may block."""
+
+    notify: Callable[[Sequence[bytes]], Future[None]]
+    """Set by the session: sends a notification of `wbfuse.wire.replies` from a thread of its own."""
 
     def receive_target(self) -> memoryview | None:
         """Where the payload of the next WRITE shall be received, at least max_write bytes; None for a private buffer.
@@ -233,7 +237,9 @@ class FileSystem:
     def setlkw(self, request: Request, lock: wire.Getlk) -> Parked | None:
         raise OSError(errno.ENOSYS, "setlkw")
 
-    def ioctl(self, request: Request, fh: int, cmd: int, arg: int, flags: int, data: bytes, out_size: int) -> tuple[int, bytes]:
+    def ioctl(
+        self, request: Request, fh: int, cmd: int, arg: int, flags: int, data: bytes, out_size: int
+    ) -> tuple[int, bytes]:
         raise OSError(errno.ENOTTY, "ioctl")
 
     def poll(self, request: Request, fh: int, kh: int, flags: int, events: int) -> int:

@@ -72,7 +72,9 @@ def find_mount(mountpoint: str) -> MountInfo | None:
 
 def check_mountpoint(mountpoint: str) -> str:
     """The absolute path of a directory that can be mounted on. Raises MountError with what to do."""
-    path = os.path.join(os.path.realpath(os.path.dirname(os.path.abspath(mountpoint))), os.path.basename(os.path.abspath(mountpoint)))
+    path = os.path.join(
+        os.path.realpath(os.path.dirname(os.path.abspath(mountpoint))), os.path.basename(os.path.abspath(mountpoint))
+    )
     if os.path.abspath(mountpoint) == "/":
         raise MountError("/: the root cannot be a mount point; name an empty directory")
     covered = find_mount(path)
@@ -106,7 +108,9 @@ def mount(mountpoint: str, options: MountOptions) -> int:
     for word in options.options:
         key = word.split("=")[0]
         if key not in _FLAGS and key not in _DATA and key not in _IGNORED:
-            raise MountError(f"-o {word}: no such mount option; known are {', '.join(sorted(_FLAGS | dict.fromkeys(_DATA)))}")
+            raise MountError(
+                f"-o {word}: no such mount option; known are {', '.join(sorted(_FLAGS | dict.fromkeys(_DATA)))}"
+            )
     return _mount_as_root(mountpoint, options) if os.geteuid() == 0 else _mount_by_helper(mountpoint, options)
 
 

@@ -20,6 +20,7 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from struct import Struct
 from typing import Any
 
 from wbfuse.filesystem.api import PARKED, FileSystem, Finish, Parked, Request, WouldBlock, error_number
@@ -39,7 +40,7 @@ _GONE = (errno.ENODEV, errno.ECONNABORTED)
 _AGAIN = (errno.EINTR, errno.EAGAIN, errno.ENOENT)
 _unpack_header = wire.HEADER.unpack_from
 _unpack_io = wire.READ_IN.unpack_from
-_WRITE_REPLY = replies.Struct("<IiQI4x")
+_WRITE_REPLY = Struct("<IiQI4x")
 _OUT = replies.OUT
 
 
@@ -88,6 +89,7 @@ class Session:
         """Set when INIT is answered, or has failed, or the session has ended."""
         self.ended = threading.Event()
         self.notifier = Notifier(fd)
+        fs.notify = self.notifier.send
         self.pool = Pool(_HELPERS, "helper")
         self._routes: dict[int, Route] = routes(fs)
         self._ways = {code: _Way(self, r.encode, code == Opcode.READ) for code, r in self._routes.items()}
@@ -176,7 +178,9 @@ class Session:
                 self._read(Request(unique, nodeid, uid, gid, pid, self._ways[opcode]), _unpack_io(prefix, IN_HEADER))
             else:
                 body = prefix[IN_HEADER:n] if n <= WRITE_PREFIX else prefix[IN_HEADER:] + tail[: n - WRITE_PREFIX]
-                self._other(opcode, Request(unique, nodeid, uid, gid, pid, self._ways.get(opcode, _NO_WAY)), body, extensions)
+                self._other(
+                    opcode, Request(unique, nodeid, uid, gid, pid, self._ways.get(opcode, _NO_WAY)), body, extensions
+                )
 
     def _write(self, request: Request, prefix: bytearray, tail: memoryview) -> None:
         fh, offset, size, write_flags, _owner, flags = _unpack_io(prefix, IN_HEADER)
@@ -188,7 +192,9 @@ class Session:
             self._serve_write(request, fh, offset, tail[:size], write_flags, flags)
             self._permits.append(None)
         else:
-            self.pool.submit(partial(self._serve_write, request, fh, offset, memoryview(bytes(tail[:size])), write_flags, flags))
+            self.pool.submit(
+                partial(self._serve_write, request, fh, offset, memoryview(bytes(tail[:size])), write_flags, flags)
+            )
 
     def _serve_write(
         self, request: Request, fh: int, offset: int, data: memoryview, write_flags: int, flags: int

@@ -510,7 +510,7 @@ def _finish(op: Op, fields: list[object], body: memoryview) -> object:
     """The few requests whose tail depends on their head."""
     if op.opcode is Opcode.INIT:
         # Kernels before INIT_EXT sent 16 bytes; the second flag word stands behind them.
-        return Init(*(_INIT_LONG.unpack_from(body) if len(body) >= _INIT_LONG.size else fields))  # type: ignore[arg-type]
+        return Init(*(_INIT_LONG.unpack_from(body) if len(body) >= _INIT_LONG.size else fields))
     if op.opcode is Opcode.BATCH_FORGET:
         count, tail = fields[0], body[op.layout.size :]
         if not isinstance(count, int) or count * _FORGET_ONE.size > len(tail):

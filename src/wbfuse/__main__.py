@@ -1,0 +1,5 @@
+"""`python -m wbfuse`."""
+
+from wbfuse.cli.main import main
+
+main()

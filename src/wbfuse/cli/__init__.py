@@ -1,0 +1,1 @@
+"""The command line: `wbfuse mount | umount | sync | status`."""

@@ -1,0 +1,188 @@
+"""`wbfuse mount`: check, start the serving process, wait until the mount answers."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+import click
+
+from wbfuse.cli.policy import PolicyError, choose
+from wbfuse.cli.units import RATE, SIZE, SLOW, TIME
+from wbfuse.control.mount import MIB, Mount, Spec
+from wbfuse.control.paths import ControlError, log_path, make_runtime_dir
+from wbfuse.session.mount import MountError, check_mountpoint
+from wbfuse.store.directory.store import SourceError
+from wbfuse.store.shaped import Shape
+from wbfuse.writeback.log import LogError
+
+KNOWN = (MountError, SourceError, LogError, ControlError, PolicyError)
+
+
+def default_log_size() -> int:
+    """The least of 1 GiB and a quarter of what memory and the memory cgroup leave, in whole MiB; at least 64 MiB."""
+    with open("/proc/meminfo", encoding="ascii") as f:
+        info = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in f}
+    free = [info["MemAvailable"]]
+    pairs = (
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    )
+    for limit, used in pairs:
+        with contextlib.suppress(OSError, ValueError), open(limit) as a, open(used) as b:
+            free.append(int(a.read()) - int(b.read()))
+    return max(64 * MIB, min(1 << 30, min(free) // 4) // MIB * MIB)
+
+
+@click.command()
+@click.argument("source")
+@click.argument("mountpoint")
+@click.option(
+    "--policy",
+    type=click.Choice(["writeback", "writethrough"]),
+    default="writeback",
+    show_default=True,
+    help="wbfuse's own cache: take writes at memory speed and write back later, or pass each on at once.",
+)
+@click.option(
+    "--kernel-cache",
+    type=click.Choice(["writeback", "writethrough", "off"]),
+    help="The kernel's cache. Default: writeback, where policy and administrator allow it.",
+)
+@click.option(
+    "--log-size",
+    type=SIZE,
+    help="Memory for dirty data, allocated at once.  [default: least of 1GiB and a quarter of free memory]",
+)
+@click.option(
+    "--on-close",
+    type=click.Choice(["wait", "background"]),
+    default="wait",
+    show_default=True,
+    help="Whether close(2) of a written file waits until it is durable in the store.",
+)
+@click.option("--dirty-expire", type=TIME, default="5s", show_default=True, help="Age at which dirty data is written.")
+@click.option("--bwlimit", type=RATE, help="Write to the store at most this fast, e.g. 20MB/s.")
+@click.option("--slow", type=SLOW, help="Delay every store call, for demonstration and tests, e.g. 50MB/s,20ms.")
+@click.option("--read-only", is_flag=True, help="Refuse all changes.")
+@click.option(
+    "-o",
+    "options",
+    multiple=True,
+    metavar="OPT[,OPT...]",
+    help="Options of mount(8): allow_other, ro, nosuid, nodev, noexec, noatime, sync, dirsync.",
+)
+@click.option("--foreground", "-f", is_flag=True, help="Stay in the foreground; Ctrl-C unmounts.")
+@click.option("--debug-wire", is_flag=True, help="Log one line for each request and reply of the kernel.")
+def mount(
+    source: str, mountpoint: str, policy: str, kernel_cache: str | None, log_size: int | None, on_close: str,
+    dirty_expire: float, bwlimit: float | None, slow: Shape | None, read_only: bool, options: tuple[str, ...],
+    foreground: bool, debug_wire: bool,
+) -> None:  # fmt: skip
+    """Mount the directory SOURCE on the directory MOUNTPOINT with a write-back cache between them.
+
+    Returns 0 once the mount answers. Unmount with `wbfuse umount MOUNTPOINT`, which makes everything durable first.
+    SOURCE must only be changed through the mount while it is mounted.
+    """
+    words = [w for option in options for w in option.split(",") if w]
+    try:
+        path = check_mountpoint(mountpoint)
+        inside = os.path.realpath(source)
+        if os.path.commonpath([path, inside]) == inside and os.path.isdir(inside):
+            raise MountError(f"{path}: lies inside {inside}; the mount would serve itself; choose another directory")
+        cache, message = choose(policy, kernel_cache, os.geteuid() == 0)
+        make_runtime_dir()
+        if message:
+            click.echo(f"wbfuse: {message}", err=True)
+        shape = Shape(slow.rate if slow else None, slow.delay if slow else 0.0, bwlimit)
+        spec = Spec(
+            source=inside, mountpoint=path, policy=policy, kernel_cache=cache,
+            log_size=default_log_size() if log_size is None else log_size, on_close=on_close,
+            dirty_expire=dirty_expire, shape=shape, read_only=read_only or "ro" in words,
+            options=[w for w in words if w not in ("ro", "default_permissions")],
+            debug=logging.getLogger("wbfuse.wire").info if debug_wire else None,
+        )  # fmt: skip
+    except KNOWN as e:
+        raise click.UsageError(str(e)) from e
+    if foreground:
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+        code = run(spec, lambda error: click.echo(f"wbfuse: {error}" if error else f"{path}: mounted", err=True))
+    else:
+        code = start(spec)
+    sys.exit(code)
+
+
+def run(spec: Spec, report: Callable[[str | None], None]) -> int:
+    """Serve in this process until unmounted or told to end. `report` gets None once the mount answers, else why not."""
+    os.umask(0)
+    told = threading.Event()
+    ending: list[threading.Thread] = []
+    try:
+        served = Mount(spec)
+    except KNOWN as e:
+        report(str(e))
+        return 2
+
+    def on_signal(_number: int, _frame: object) -> None:
+        if told.is_set():
+            served.hurry()
+            return
+        told.set()
+        thread = threading.Thread(target=served.stop, name="stop", daemon=True)
+        ending.append(thread)
+        thread.start()
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, on_signal)
+    report(None)
+    served.wait()
+    for thread in ending:
+        thread.join()
+    return 1 if served.lost else 0
+
+
+def start(spec: Spec) -> int:
+    """Serve in a new background process; answer its exit status, 0 once the mount answers."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read_end)
+        _serve_detached(spec, write_end)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as pipe:
+        said = pipe.read().decode(errors="replace")
+    if said == "ready":
+        os.stat(spec.mountpoint)
+        return 0
+    os.waitpid(child, 0)
+    click.echo(f"wbfuse: {said or 'the server died at its start; see ' + log_path(spec.mountpoint)}", err=True)
+    return 2
+
+
+def _serve_detached(spec: Spec, pipe: int) -> None:
+    """The child: a session of its own, no terminal, a log file; never returns."""
+    code = 70
+    try:
+        os.setsid()
+        os.chdir("/")
+        log = os.open(log_path(spec.mountpoint), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+        null = os.open(os.devnull, os.O_RDONLY)
+        for target, descriptor in ((0, null), (1, log), (2, log)):
+            os.dup2(descriptor, target)
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+
+        def report(error: str | None) -> None:
+            os.write(pipe, error.encode() if error else b"ready")
+            os.close(pipe)
+
+        code = run(spec, report)
+    except BaseException:
+        logging.exception("the server failed")
+    finally:
+        logging.shutdown()
+        os._exit(code)

@@ -1,0 +1,113 @@
+"""`wbfuse umount` and `wbfuse sync`: make things durable, with a progress bar on a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from wbfuse.cli.units import show_size
+from wbfuse.control.client import ask, place_of
+from wbfuse.control.paths import ControlError, find_socket
+from wbfuse.session.mount import MountError, find_mount, unmount
+
+
+def follow(title: str, answers: Iterator[dict[str, Any]]) -> None:
+    """Show {"left": bytes} answers as a bar on a terminal; raises what the answers raise."""
+    if not sys.stderr.isatty():
+        for _ in answers:
+            pass
+        return
+    from rich.console import Console  # imported here: it takes longer than the whole command elsewhere
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[left]} left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None, left="?")
+        most = 0
+        for answer in answers:
+            if "left" in answer:
+                left = int(answer["left"])
+                most = max(most, left)
+                bar.update(task, total=most, completed=most - left, left=show_size(left))
+
+
+def syncfs(path: str) -> None:
+    """Have the kernel start to write back (on FUSE it does not wait for the end)."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        ctypes.CDLL(None, use_errno=True).syncfs(fd)
+    finally:
+        os.close(fd)
+
+
+@click.command()
+@click.argument("mountpoint")
+@click.option("--lazy", is_flag=True, help="Detach a busy mount now; it ends when its last file is closed.")
+def umount(mountpoint: str, lazy: bool) -> None:
+    """Make everything durable, then unmount MOUNTPOINT. A mount whose server has died is removed."""
+    path = place_of(mountpoint)
+    socket = find_socket(path)
+    found = find_mount(path)
+    try:
+        if found is None:
+            raise click.UsageError(f"{path}: nothing is mounted here")
+        if not found.fstype.startswith("fuse.wbfuse"):
+            raise click.UsageError(f"{path}: a mount of {found.fstype}, not of wbfuse; use: umount {path}")
+        try:
+            if socket is None:
+                raise ControlError("the mount's server is not running")
+            follow(f"unmounting {path}", ask(socket, "umount", lazy=lazy))
+        except ControlError as e:
+            if "not running" not in str(e):
+                raise click.ClickException(_busy_hint(path, str(e))) from e
+            unmount(path, lazy=True)
+            if socket is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(socket)
+            click.echo(f"{path}: its server was gone; the dead mount is removed", err=True)
+    except MountError as e:
+        raise click.ClickException(str(e)) from e
+
+
+def _busy_hint(path: str, text: str) -> str:
+    if "busy" in text.lower():
+        return f"{path}: in use; close its files (see: fuser -vm {path}) or detach it: wbfuse umount --lazy {path}"
+    return f"{path}: {text}"
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+def sync(paths: tuple[str, ...]) -> None:
+    """Make each PATH durable in the store: a file or directory as fsync(2) does, a mount point the whole mount.
+
+    sync(1) and syncfs(2) cannot do this: the kernel does not wait for FUSE file systems.
+    """
+    failed = False
+    for path in paths:
+        try:
+            place = place_of(path)
+            socket = find_socket(place) if find_mount(place) is not None else None
+            if socket is not None:
+                syncfs(place)
+                follow(f"syncing {place}", ask(socket, "sync"))
+                continue
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        except (OSError, ControlError) as e:
+            click.echo(f"wbfuse: {path}: {e.strerror if isinstance(e, OSError) else e}", err=True)
+            failed = True
+    sys.exit(1 if failed else 0)

@@ -1,0 +1,257 @@
+"""One running mount: store, cache, file system, session and control socket put together, and taken down in order.
+
+    build -> attach -> (serve) -> barrier -> unmount -> drain -> close
+
+The process lives on after the kernel has let go until everything is durable, or it is told twice to end.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from wbfuse.control import paths
+from wbfuse.control.server import ControlServer, Message
+from wbfuse.filesystem.cached_fs import CachedFileSystem
+from wbfuse.filesystem.store_fs import StoreFileSystem
+from wbfuse.session.mount import MountError, find_mount, is_busy, max_pages_limit, tune_bdi, unmount
+from wbfuse.session.serve import Options, attach
+from wbfuse.store.contract import Store
+from wbfuse.store.directory import DirectoryStore
+from wbfuse.store.shaped import Shape, shaped
+from wbfuse.wire.negotiate import PAGE
+from wbfuse.writeback.cache import WritebackCache
+from wbfuse.writeback.engine import Engine
+
+log = logging.getLogger(__name__)
+
+MIB = 1 << 20
+_READ_AHEAD_KB = 4096
+
+
+@dataclass(slots=True)
+class Spec:
+    """What `wbfuse mount` was asked for. Sizes in bytes, times in seconds."""
+
+    source: str
+    mountpoint: str
+    policy: str = "writeback"
+    kernel_cache: str = "writeback"
+    log_size: int = 1 << 30
+    on_close: str = "wait"
+    dirty_expire: float = 5.0
+    shape: Shape = field(default_factory=Shape)
+    read_only: bool = False
+    options: list[str] = field(default_factory=list)
+    debug: Callable[[str], None] | None = None
+
+
+def kernel_dirty_share() -> int:
+    """Bytes that the kernel lets be dirty for a FUSE mount that nobody tuned: 1 % of its dirty threshold."""
+    with open("/proc/vmstat", encoding="ascii") as f:
+        values = dict(line.split() for line in f)
+    return int(values["nr_dirty_threshold"]) * PAGE // 100
+
+
+class Mount:
+    """A mount that is served by this process. Raises MountError, SourceError or LogError where it cannot be made."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.started = time.time()
+        self._stop_lock = threading.Lock()
+        self._impatient = threading.Event()
+        self.lost = 0
+        """Bytes that were given up at the end."""
+        store, self._meter = shaped(DirectoryStore(spec.source, spec.read_only), spec.shape)
+        self.cache: WritebackCache | None = None
+        self.engine: Engine | None = None
+        try:
+            self.fs = self._build(store)
+            options = [*spec.options, "default_permissions"] + (["ro"] if spec.read_only else [])
+            self.session, self.path = attach(
+                self.fs,
+                spec.mountpoint,
+                Options(fsname=os.path.abspath(spec.source), options=options, debug=spec.debug),
+            )
+        except BaseException:
+            store.close()
+            raise
+        self.tuned = self._tune()
+        self._control = ControlServer(
+            paths.socket_path(self.path),
+            {"status": self._do_status, "sync": self._do_sync, "umount": self._do_umount},
+        )
+
+    def _build(self, store: Store) -> StoreFileSystem:
+        spec = self.spec
+        direct, wait = spec.kernel_cache == "off", spec.on_close == "wait"
+        if spec.policy == "writethrough":
+            return StoreFileSystem(store, direct, wait)
+        max_write = min(StoreFileSystem.max_write, max_pages_limit() * PAGE)
+        # Root tells the kernel how much it may hold (see _tune); others have to live with its default.
+        kernel_dirty = self._kernel_share() if os.geteuid() == 0 else kernel_dirty_share()
+        self.cache = WritebackCache(store, spec.log_size, max_write, kernel_dirty)
+        self.engine = Engine(self.cache, spec.dirty_expire)
+        self.engine.start()
+        outer = self
+
+        class Draining(CachedFileSystem):
+            def destroy(self) -> None:
+                outer._drain()
+                super().destroy()
+
+        return Draining(store, self.cache, self.engine, spec.kernel_cache == "writeback", direct, wait)
+
+    def _kernel_share(self) -> int:
+        return max(4 * MIB, self.spec.log_size // 8)
+
+    def _tune(self) -> dict[str, str]:
+        found = find_mount(self.path)
+        if found is None:
+            return {}
+        share = self._kernel_share() if self.cache is not None else None
+        return tune_bdi(found.device, _READ_AHEAD_KB, share)
+
+    # ending
+
+    def wait(self) -> None:
+        """Until the session has ended and everything is durable (or given up)."""
+        self.session.wait()
+        self._control.close()
+
+    def hurry(self) -> None:
+        """Somebody asked a second time: do not wait for a store that does not answer."""
+        self._impatient.set()
+
+    @property
+    def impatient(self) -> bool:
+        return self._impatient.is_set()
+
+    def stop(self) -> None:
+        """Make everything durable and unmount; a busy mount is detached and ends with its last open file."""
+        with self._stop_lock:
+            if self.session.ended.is_set():
+                return
+            for _ in self._barrier():
+                pass
+            try:
+                unmount(self.path)
+            except MountError as e:
+                if is_busy(e):
+                    log.warning("%s is in use: detached; it ends when its last file is closed", self.path)
+                    unmount(self.path, lazy=True)
+                else:
+                    log.warning("%s", e)
+
+    def _barrier(self) -> Iterator[int]:
+        """The durability barrier: have the kernel hand over what it holds, then drain. Yields bytes left."""
+        fs = self.fs
+        if self.cache is None or not isinstance(fs, CachedFileSystem):
+            fs.store.sync_all()
+            return
+        for ino in {h.ino for h in list(fs.handles.values()) if h.writable}:
+            fs.pull(ino)
+        progress: list[int] = []
+        failed: list[tuple[int, int]] = []
+        done = threading.Event()
+
+        def run() -> None:
+            try:
+                failed.extend(self.cache.drain(progress.append, self._impatient.is_set))  # type: ignore[union-attr]
+            finally:
+                done.set()
+
+        thread = threading.Thread(target=run, name="drain", daemon=True)
+        thread.start()
+        while not done.wait(0.1):
+            if progress:
+                yield progress[-1]
+        thread.join()
+        if failed:
+            ino, code = failed[0]
+            raise OSError(code, f"{len(failed)} files could not be written, node {ino}: {os.strerror(code)}")
+
+    def _drain(self) -> None:
+        """After the last request: write what is left, as often as it takes, unless told twice to end."""
+        if self.cache is None:
+            return
+        while True:
+            failed = self.cache.drain(lambda _left: None, self._impatient.is_set)
+            if not failed:
+                return
+            left = int(self.cache.status()["dirty_bytes"])
+            log.error("%d files with %d bytes cannot be written: %s", len(failed), left, os.strerror(failed[0][1]))
+            if self._impatient.wait(1.0):
+                self.lost = left
+                log.error("told to end: %d bytes are lost", left)
+                return
+
+    # the control socket
+
+    def status(self) -> Message:
+        """What `wbfuse status --json` prints for this mount."""
+        spec, agreement = self.spec, self.session.agreement
+        out: dict[str, Any] = {
+            "mountpoint": self.path,
+            "source": os.path.abspath(spec.source),
+            "policy": spec.policy,
+            "kernel_cache": spec.kernel_cache,
+            "on_close": spec.on_close,
+            "read_only": spec.read_only,
+            "started": self.started,
+            "worker": {"pid": os.getpid()},
+            "dirty_bytes": 0,
+            "writeback_bytes": 0,
+            "last_error": "",
+            "log": {},
+            "negotiated": {},
+            "requests": self.session.requests(),
+            "bdi": self.tuned,
+            "store": {"bytes_written": self._meter.bytes_written, "writes": self._meter.writes},
+        }
+        if agreement is not None:
+            out["negotiated"] = {
+                "protocol": f"7.{agreement.minor}",
+                "capabilities": [c.name for c in type(agreement.capabilities) if c in agreement.capabilities],
+                "max_write": agreement.max_write,
+                "max_readahead": agreement.max_readahead,
+                "max_background": agreement.max_background,
+            }
+        if self.cache is not None:
+            state = self.cache.status()
+            for key in (
+                "dirty_bytes",
+                "writeback_bytes",
+                "last_error",
+                "dirty_files",
+                "failing_files",
+                "parked_writes",
+            ):
+                out[key] = state[key]
+            out["log"] = {"size": state["log_size"], "used": state["log_used"], "limit": state["log_limit"]}
+            out["store"]["bandwidth"] = state["bandwidth"]
+        return out
+
+    def _do_status(self, _request: Message) -> Iterator[Message]:
+        yield {"done": True, "status": self.status()}
+
+    def _do_sync(self, _request: Message) -> Iterator[Message]:
+        for left in self._barrier():
+            yield {"left": left}
+        yield {"done": True}
+
+    def _do_umount(self, request: Message) -> Iterator[Message]:
+        for left in self._barrier():
+            yield {"left": left}
+        unmount(self.path, bool(request.get("lazy")))
+        while not self.session.ended.wait(0.1):
+            yield {"left": int(self.cache.status()["dirty_bytes"]) if self.cache is not None else 0}
+        if self.lost:
+            raise OSError(f"{self.lost} bytes could not be written and are lost")
+        yield {"done": True}

@@ -1,0 +1,371 @@
+"""CachedFileSystem: the same tree with wbfuse's write-back cache between the kernel and the store.
+
+Data, size and times of a file go through the cache by node, never by handle: with the kernel's write-back a WRITE
+names a guessed handle, and may come after that handle's RELEASE. Names, owners, modes and xattrs go to the store at
+once; name operations never wait for data.
+
+What may wait here without a thread: WRITE (limits), FSYNC, FLUSH of a writable handle, and O_SYNC writes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from wbfuse.filesystem.api import PARKED, Buffer, Parked, Request, WouldBlock
+from wbfuse.filesystem.store_fs import MAX_OFFSET, O_DSYNC, Handle, StoreFileSystem
+from wbfuse.store.contract import Found, Store
+from wbfuse.wire import replies
+from wbfuse.wire import requests as wire
+from wbfuse.wire.constants import (
+    FALLOC_KEEP_SIZE,
+    FALLOC_PUNCH_HOLE,
+    FALLOC_ZERO_RANGE,
+    FATTR_ATIME,
+    FATTR_GID,
+    FATTR_KILL_SUIDGID,
+    FATTR_MODE,
+    FATTR_MTIME,
+    FATTR_SIZE,
+    FATTR_UID,
+    OPEN_KILL_SUIDGID,
+    WRITE_CACHE,
+    WRITE_KILL_SUIDGID,
+    Cap,
+)
+from wbfuse.wire.types import Attr, Entry, Opened
+from wbfuse.writeback.cache import FULL, File, WritebackCache
+from wbfuse.writeback.engine import Engine
+from wbfuse.writeback.extents import HOLE
+from wbfuse.writeback.file import STORE
+
+_SLOW_CHANGES = FATTR_MODE | FATTR_UID | FATTR_GID | FATTR_KILL_SUIDGID
+
+
+class CachedFileSystem(StoreFileSystem):
+    """`kernel_writeback` asks the kernel for its own write-back cache as well (promise 5: nothing else does)."""
+
+    inline = StoreFileSystem.inline | {"write", "fsync", "getattr", "setattr", "release", "fallocate"}
+    readers = 1
+
+    def __init__(
+        self, store: Store, cache: WritebackCache, engine: Engine, kernel_writeback: bool, direct_io: bool = False,
+        wait_on_close: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(store, direct_io, wait_on_close)
+        self.cache = cache
+        self.engine = engine
+        self.kernel_writeback = kernel_writeback
+        if kernel_writeback:
+            # Sizes and times are the kernel's own now: AUTO_INVAL_DATA would do nothing.
+            self.capabilities = StoreFileSystem.capabilities & ~Cap.AUTO_INVAL_DATA | Cap.WRITEBACK_CACHE
+        self.receive_target = cache.receive_target  # type: ignore[method-assign]
+
+    def destroy(self) -> None:
+        self.engine.stop()
+        self.store.close()
+        self.cache.log.close()
+
+    # attributes
+
+    def shown(self, ino: int, attr: Attr) -> Attr:
+        f = self.cache.files.get(ino)
+        return attr if f is None else f.shown()
+
+    def changed(self, ino: int, attr: Attr) -> None:
+        f = self.cache.files.get(ino)
+        if f is not None:
+            f.attr = attr
+
+    def gone(self, ino: int) -> None:
+        self.cache.unlinked(ino)
+
+    def _file(self, request: Request, ino: int) -> File:
+        """The cache's state of `ino`, read from the store where it is new (which may block)."""
+        f = self.cache.files.get(ino)
+        if f is not None:
+            return f
+        if not request.blocking:
+            raise WouldBlock
+        return self.cache.adopt(ino, self.store.getattr(ino))
+
+    def getattr(self, request: Request, fh: int | None) -> Attr:
+        f = self.cache.files.get(request.nodeid)
+        if f is not None:
+            return f.shown()
+        if not request.blocking:
+            raise WouldBlock
+        return super().getattr(request, fh)
+
+    def setattr(self, request: Request, change: wire.Setattr) -> Attr:
+        ino, valid = request.nodeid, change.valid
+        if valid & _SLOW_CHANGES and not request.blocking:
+            raise WouldBlock
+        f = self._file(request, ino) if valid & FATTR_SIZE else self.cache.files.get(ino)
+        if f is None:
+            if not request.blocking:
+                raise WouldBlock
+            return super().setattr(request, change)
+        if valid & FATTR_SIZE:
+            if change.size > MAX_OFFSET:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+            self.cache.truncate(f, request.unique, change.size, time.time_ns())
+        wanted = self._change(change, time.time_ns())
+        if valid & (FATTR_ATIME | FATTR_MTIME):
+            self.cache.set_times(f, request.unique, wanted.atime_ns, wanted.mtime_ns)
+            wanted.atime_ns = wanted.mtime_ns = None
+        if valid & FATTR_KILL_SUIDGID and wanted.mode is None:
+            self._kill_suid(ino)
+        if valid & (FATTR_MODE | FATTR_UID | FATTR_GID):
+            self.changed(ino, self.store.setattr(ino, wanted))
+        return f.shown()
+
+    # open files
+
+    def open(self, request: Request, flags: int, open_flags: int) -> Opened:
+        ino = request.nodeid
+        if open_flags & OPEN_KILL_SUIDGID:
+            self._kill_suid(ino)
+        fh, handle = self._handle(ino, flags)
+        try:
+            self._attach(handle)
+        except OSError:
+            del self.handles[fh]
+            raise
+        return Opened(fh, self._open_flags)
+
+    def _attach(self, handle: Handle, attr: Attr | None = None) -> None:
+        """A writable handle, or one of a file that is dirty, keeps the file's state; another only holds the file."""
+        ino = handle.ino
+        f = self.cache.open(ino, None)
+        if f is None and handle.writable:
+            f = self.cache.open(ino, attr or self.store.getattr(ino))
+        if f is not None:
+            handle.errors_seen = f.error_sequence
+            handle.file = f
+        else:
+            self.store.hold(ino)
+
+    def _created(self, found: Found, flags: int) -> tuple[Entry, Opened]:
+        ino, attr = found
+        fh, handle = self._handle(ino, flags | os.O_RDWR)
+        self._attach(handle, attr)
+        return self._entry(found), Opened(fh, self._open_flags)
+
+    def release(self, request: Request, fh: int, flags: int) -> None:
+        handle = self.handles.get(fh)
+        if handle is None:
+            return
+        f = handle.file
+        if (f is None or f.unlinked) and not request.blocking:
+            raise WouldBlock  # removing an orphan takes the store's time
+        del self.handles[fh]
+        if f is None:
+            self.store.drop(handle.ino)
+        else:
+            self.cache.closed(f)
+
+    # data
+
+    def write(
+        self, request: Request, fh: int, offset: int, data: memoryview, write_flags: int, flags: int
+    ) -> int | Parked:
+        from_kernel_cache = bool(write_flags & WRITE_CACHE)
+        at_tail = not request.blocking
+        f = self._file(request, request.nodeid)
+        if write_flags & WRITE_KILL_SUIDGID and f.attr.mode & (stat.S_ISUID | stat.S_ISGID):
+            if not request.blocking:
+                raise WouldBlock
+            self._kill_suid(f.ino)
+        if not from_kernel_cache and f.error in FULL and f.failures:
+            # These bytes nobody has promised yet, so a full store may say so; a kernel-cache WRITE must be taken.
+            raise OSError(f.error, os.strerror(f.error))
+        n = len(data)
+        moves_time = None if from_kernel_cache else time.time_ns()
+        occupied = self.cache.write(f, request.unique, offset, data, at_tail, moves_time)
+        if flags & O_DSYNC and not from_kernel_cache:
+            self._when_durable(request, f, None, n)
+            return PARKED
+        if self.cache.must_wait(occupied):
+            parked = request.park()
+            self.cache.pace(f.ino, n, partial(request.answer, n))
+            return parked
+        return n
+
+    def read(self, request: Request, fh: int, offset: int, size: int, flags: int) -> Buffer | Sequence[Buffer] | Parked:
+        f = self.cache.files.get(request.nodeid)
+        if f is None:
+            return self._read_store(request, offset, size)
+        plan, pinned = self.cache.read_plan(f, offset, min(offset + size, MAX_OFFSET))
+        try:
+            if len(plan) == 1 and plan[0][2] == STORE:
+                start, end, _ = plan[0]
+                return self._zero_filled(self._read_store(request, start, end - start), end - start)
+            if request.blocking:
+                return self._assemble(f.ino, plan)
+            if any(place == STORE for _, _, place in plan):
+                raise WouldBlock
+            # The one reader sends this before it receives again, so these segments cannot be received into meanwhile.
+            view = self.cache.log.view
+            return [bytes(e - s) if place == HOLE else view(place, e - s) for s, e, place in plan]
+        finally:
+            self.cache.unpin(pinned)
+
+    @staticmethod
+    def _zero_filled(data: Buffer, size: int) -> Buffer:
+        """Below the size that the cache holds, what the store has not is zeros (promise 3)."""
+        return data if len(data) == size else bytes(data) + bytes(size - len(data))
+
+    def _assemble(self, ino: int, plan: list[tuple[int, int, int]]) -> Buffer:
+        """Log, holes and store in one buffer."""
+        if not plan:
+            return b""
+        first, last = plan[0][0], plan[-1][1]
+        buffer = self.buffer(last - first)
+        for start, end, place in plan:
+            part = buffer[start - first : end - first]
+            if place == HOLE:
+                part[:] = bytes(end - start)
+            elif place == STORE:
+                n = self.store.read(ino, start, part)
+                part[n:] = bytes(len(part) - n)
+            else:
+                part[:] = self.cache.log.view(place, end - start)
+        return buffer
+
+    # durability
+
+    def _when_durable(self, request: Request, f: File, handle: Handle | None, value: int | None) -> None:
+        """Answer `value` once everything so far is in the store, or the error that write-back met."""
+
+        def done(error: int) -> None:
+            if handle is not None:
+                handle.errors_seen = f.error_sequence
+            if error:
+                request.fail(error)
+            else:
+                request.answer(value)
+
+        request.park(on_interrupt=lambda: self._interrupted(request, f, done))
+        if self.cache.sync(f, done):
+            request.answer(value)
+
+    def _interrupted(self, request: Request, f: File, done: Callable[[int], None]) -> None:
+        if self.cache.cancel(f, done):
+            request.fail(errno.EINTR)
+
+    def _report(self, handle: Handle, f: File) -> None:
+        """errseq: an error that this opener has not seen is raised, once."""
+        if handle.errors_seen < f.error_sequence:
+            handle.errors_seen = f.error_sequence
+            raise OSError(f.error, os.strerror(f.error))
+
+    def flush(self, request: Request, fh: int, lock_owner: int) -> Parked | None:
+        handle = self.handles.get(fh)
+        if handle is None or not handle.writable or handle.file is None:
+            return None
+        if not self.wait_on_close:
+            return None  # an error stays for the next fsync, `wbfuse sync` or unmount
+        self._report(handle, handle.file)
+        self._when_durable(request, handle.file, handle, None)
+        return PARKED
+
+    def fsync(self, request: Request, fh: int, datasync: bool) -> Parked | None:
+        handle = self.handles.get(fh)
+        f = self.cache.files.get(request.nodeid)
+        if f is None:
+            if not request.blocking:
+                raise WouldBlock
+            return super().fsync(request, fh, datasync)
+        if handle is not None:
+            self._report(handle, f)
+        self._when_durable(request, f, handle, None)
+        return PARKED
+
+    # the rest of a file
+
+    def fallocate(self, request: Request, fh: int, offset: int, length: int, mode: int) -> Parked | None:
+        f = self._file(request, request.nodeid)
+        end, keep = offset + length, bool(mode & FALLOC_KEEP_SIZE)
+        kind = mode & ~FALLOC_KEEP_SIZE
+        if kind not in (0, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE) or (kind == FALLOC_PUNCH_HOLE and not keep):
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        if end > self.cache.max_file_size:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        if kind == 0:
+            if not request.blocking:
+                raise WouldBlock
+            # Room is the store's to promise; it changes neither bytes nor size, so no order is at stake.
+            self.store.fallocate(f.ino, FALLOC_KEEP_SIZE, offset, length)
+            if not keep and end > f.core.size:
+                self.cache.truncate(f, request.unique, end, time.time_ns())
+            return None
+        self.cache.zero(f, request.unique, offset, end, not keep and kind == FALLOC_ZERO_RANGE, time.time_ns())
+        return None
+
+    def pull(self, ino: int) -> None:
+        """Have the kernel write back what it holds of a file; returns once all of it has been taken here."""
+        if self.kernel_writeback:
+            try:
+                self.notify(replies.notify_inval_inode(ino, 0, 0)).result()
+            except FileNotFoundError:
+                return  # the kernel has nothing of it
+
+    def lseek(self, request: Request, fh: int, offset: int, whence: int) -> int:
+        """The kernel does not write back before it asks, so a file open for writing is pulled first."""
+        ino = request.nodeid
+        f = self.cache.files.get(ino)
+        if f is None:
+            return super().lseek(request, fh, offset, whence)
+        self.pull(ino)
+        return self._seek(f, offset, whence)
+
+    def _seek(self, f: File, offset: int, whence: int) -> int:
+        size = f.core.size
+        if offset >= size:
+            raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
+        at = offset
+        while at < size:
+            with self.cache.lock:
+                plan = f.core.resolve(at, size)
+            for start, end, place in plan:
+                found = self._seek_in(f.ino, start, end, place, whence)
+                if found is not None:
+                    return found
+                at = end
+        if whence == os.SEEK_HOLE:
+            return size
+        raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
+
+    def _seek_in(self, ino: int, start: int, end: int, place: int, whence: int) -> int | None:
+        """The first byte of the wanted kind in a piece of the file; None where it has none."""
+        if place != STORE:
+            return start if (place == HOLE) == (whence == os.SEEK_HOLE) else None
+        try:
+            found = self.store.seek(ino, start, whence)
+        except OSError as e:
+            if e.errno != errno.ENXIO:
+                raise
+            return start if whence == os.SEEK_HOLE else None  # past the store's end: zeros
+        return found if found < end else None
+
+    def copy_file_range(
+        self, request: Request, fh: int, offset: int, nodeid_out: int, fh_out: int, offset_out: int, length: int,
+        flags: int,
+    ) -> int:  # fmt: skip
+        """Inside the store where both files are clean; else the kernel copies through its own cache."""
+        source, target = self.cache.files.get(request.nodeid), self.cache.files.get(nodeid_out)
+        for f in (source, target):
+            if f is not None and (f.core.generations or f.busy):
+                raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        done = super().copy_file_range(request, fh, offset, nodeid_out, fh_out, offset_out, length, flags)
+        if target is not None and done:
+            with self.cache.lock:
+                target.core.size = max(target.core.size, offset_out + done)
+                target.core.mtime_ns = time.time_ns()
+                target.unsynced = True
+        return done

@@ -1,0 +1,351 @@
+"""StoreFileSystem: a store as a FUSE file system, write-through. Every change is in the store before its reply.
+
+It keeps three things in memory: how often the kernel knows each node (`_lookups`), open handles, and nothing else.
+Lock: `_lock` guards `_lookups` and the handle counter; nothing is called with it.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import mmap
+import os
+import stat
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from wbfuse.filesystem.api import Buffer, EntryMaker, FileSystem, Parked, Request, WouldBlock
+from wbfuse.store.contract import Change, Found, Owner, Store
+from wbfuse.wire import requests as wire
+from wbfuse.wire.constants import (
+    FATTR_ATIME,
+    FATTR_ATIME_NOW,
+    FATTR_GID,
+    FATTR_KILL_SUIDGID,
+    FATTR_MODE,
+    FATTR_MTIME,
+    FATTR_MTIME_NOW,
+    FATTR_SIZE,
+    FATTR_UID,
+    FOPEN_DIRECT_IO,
+    FOPEN_KEEP_CACHE,
+    OPEN_KILL_SUIDGID,
+    WRITE_KILL_SUIDGID,
+    Cap,
+)
+from wbfuse.wire.types import Attr, Dirent, Entry, Opened, Statfs
+
+O_DSYNC = os.O_DSYNC
+MAX_OFFSET = (1 << 63) - 1
+
+
+class Handle:
+    """An open file. `errors_seen` is where this opener stands in the file's errseq."""
+
+    __slots__ = ("errors_seen", "file", "ino", "writable", "written")
+
+    def __init__(self, ino: int, writable: bool) -> None:
+        self.ino = ino
+        self.writable = writable
+        self.written = False
+        self.errors_seen = 0
+        self.file: Any = None
+        """The cache's state of the file, where there is a cache."""
+
+
+class StoreFileSystem(FileSystem):
+    """Serve `store`. `direct_io` keeps file data out of the kernel's cache; `wait_on_close` makes close(2) durable."""
+
+    capabilities = FileSystem.capabilities | Cap.HANDLE_KILLPRIV_V2 | Cap.DIRECT_IO_ALLOW_MMAP | Cap.CACHE_SYMLINKS
+    inline = frozenset({"forget", "batch_forget", "read", "releasedir", "flush", "opendir"})
+    readers = 2
+
+    def __init__(self, store: Store, direct_io: bool = False, wait_on_close: bool = True) -> None:
+        self.store = store
+        self.direct_io = direct_io
+        self.wait_on_close = wait_on_close
+        self._lock = threading.Lock()
+        self._lookups: dict[int, int] = {}
+        self._fhs = itertools.count(1)
+        self.handles: dict[int, Handle] = {}
+        self._buffers = threading.local()
+
+    def destroy(self) -> None:
+        self.store.close()
+
+    # hooks for what a cache knows better
+
+    def shown(self, ino: int, attr: Attr) -> Attr:
+        """The attributes to show, given the store's."""
+        return attr
+
+    def changed(self, ino: int, attr: Attr) -> None:
+        """The store's attributes of `ino` are new."""
+
+    def gone(self, ino: int) -> None:
+        """The last link of `ino` was removed."""
+
+    # names
+
+    def _entry(self, found: Found) -> Entry:
+        ino, attr = found
+        with self._lock:
+            self._lookups[ino] = self._lookups.get(ino, 0) + 1
+        return Entry(ino, self.shown(ino, attr))
+
+    @staticmethod
+    def _owner(request: Request) -> Owner:
+        return Owner(request.uid, request.gid)
+
+    def lookup(self, request: Request, name: bytes) -> Entry:
+        return self._entry(self.store.lookup(request.nodeid, name))
+
+    def forget(self, request: Request, nlookup: int) -> None:
+        with self._lock:
+            left = self._lookups.get(request.nodeid, 0) - nlookup
+            if left > 0:
+                self._lookups[request.nodeid] = left
+                return
+            self._lookups.pop(request.nodeid, None)
+        self.store.forget(request.nodeid)
+
+    def mknod(self, request: Request, name: bytes, mode: int, rdev: int, umask: int) -> Entry:
+        if stat.S_ISREG(mode):
+            return self._entry(self.store.create(request.nodeid, name, mode, self._owner(request)))
+        return self._entry(self.store.mknod(request.nodeid, name, mode, rdev, self._owner(request)))
+
+    def mkdir(self, request: Request, name: bytes, mode: int, umask: int) -> Entry:
+        return self._entry(self.store.mkdir(request.nodeid, name, mode, self._owner(request)))
+
+    def symlink(self, request: Request, name: bytes, target: bytes) -> Entry:
+        return self._entry(self.store.symlink(request.nodeid, name, target, self._owner(request)))
+
+    def link(self, request: Request, nodeid: int, name: bytes) -> Entry:
+        found = self.store.link(nodeid, request.nodeid, name)
+        self.changed(*found)
+        return self._entry(found)
+
+    def readlink(self, request: Request) -> bytes:
+        return self.store.readlink(request.nodeid)
+
+    def unlink(self, request: Request, name: bytes) -> None:
+        self._lost(*self.store.unlink(request.nodeid, name))
+
+    def rmdir(self, request: Request, name: bytes) -> None:
+        self.store.rmdir(request.nodeid, name)
+
+    def rename(self, request: Request, name: bytes, newdir: int, newname: bytes, flags: int) -> None:
+        self._lost(*self.store.rename(request.nodeid, name, newdir, newname, flags))
+
+    def _lost(self, ino: int, links: int) -> None:
+        """A name of `ino` was removed."""
+        if ino and links <= 0:
+            self.gone(ino)
+        elif ino:
+            try:
+                self.changed(ino, self.store.getattr(ino))
+            except OSError as e:
+                if e.errno not in (errno.ESTALE, errno.ENOENT):
+                    raise
+
+    # attributes
+
+    def getattr(self, request: Request, fh: int | None) -> Attr:
+        return self.shown(request.nodeid, self.store.getattr(request.nodeid))
+
+    def setattr(self, request: Request, change: wire.Setattr) -> Attr:
+        ino, valid = request.nodeid, change.valid
+        if valid & FATTR_SIZE:
+            self._resize(request, change.size)
+        wanted = self._change(change, time.time_ns())
+        if valid & FATTR_KILL_SUIDGID and wanted.mode is None:
+            self._kill_suid(ino)
+        if wanted == Change():
+            attr = self.store.getattr(ino)
+        else:
+            attr = self.store.setattr(ino, wanted)
+            self.changed(ino, attr)
+        return self.shown(ino, attr)
+
+    @staticmethod
+    def _change(change: wire.Setattr, now_ns: int) -> Change:
+        valid, out = change.valid, Change()
+        if valid & FATTR_MODE:
+            out.mode = change.mode
+        if valid & FATTR_UID:
+            out.uid = change.uid
+        if valid & FATTR_GID:
+            out.gid = change.gid
+        if valid & FATTR_ATIME:
+            out.atime_ns = now_ns if valid & FATTR_ATIME_NOW else signed_ns(change.atime, change.atimensec)
+        if valid & FATTR_MTIME:
+            out.mtime_ns = now_ns if valid & FATTR_MTIME_NOW else signed_ns(change.mtime, change.mtimensec)
+        return out
+
+    def _resize(self, request: Request, size: int) -> None:
+        if size > MAX_OFFSET:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        self.store.truncate(request.nodeid, size)
+
+    def _kill_suid(self, ino: int) -> None:
+        """What write(2) owes a set-user-id file (HANDLE_KILLPRIV_V2): the bits go, setgid only with group execute."""
+        attr = self.store.getattr(ino)
+        drop = attr.mode & stat.S_ISUID
+        if attr.mode & stat.S_ISGID and attr.mode & stat.S_IXGRP:
+            drop |= stat.S_ISGID
+        if drop:
+            self.changed(ino, self.store.setattr(ino, Change(mode=attr.mode & 0o7777 & ~drop)))
+
+    def statfs(self, request: Request) -> Statfs:
+        return self.store.statfs()
+
+    def getxattr(self, request: Request, name: bytes) -> bytes:
+        return self.store.getxattr(request.nodeid, name)
+
+    def listxattr(self, request: Request) -> Sequence[bytes]:
+        return self.store.listxattr(request.nodeid)
+
+    def setxattr(self, request: Request, name: bytes, value: bytes, flags: int) -> None:
+        if name.startswith(b"system.posix_acl_"):
+            # The kernel was not told to honour ACLs on this mount, so storing one would promise what nobody keeps.
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        self.store.setxattr(request.nodeid, name, value, flags)
+
+    def removexattr(self, request: Request, name: bytes) -> None:
+        self.store.removexattr(request.nodeid, name)
+
+    # open files
+
+    def _handle(self, ino: int, flags: int) -> tuple[int, Handle]:
+        handle = Handle(ino, (flags & os.O_ACCMODE) != os.O_RDONLY)
+        fh = next(self._fhs)
+        self.handles[fh] = handle
+        return fh, handle
+
+    @property
+    def _open_flags(self) -> int:
+        return FOPEN_DIRECT_IO if self.direct_io else FOPEN_KEEP_CACHE
+
+    def open(self, request: Request, flags: int, open_flags: int) -> Opened:
+        ino = request.nodeid
+        if open_flags & OPEN_KILL_SUIDGID:
+            self._kill_suid(ino)
+        self.store.hold(ino)
+        fh, _ = self._handle(ino, flags)
+        return Opened(fh, self._open_flags)
+
+    def create(self, request: Request, name: bytes, flags: int, mode: int, umask: int) -> tuple[Entry, Opened]:
+        try:
+            found = self.store.create(request.nodeid, name, mode, self._owner(request))
+        except FileExistsError:
+            if flags & os.O_EXCL:
+                raise
+            found = self.store.lookup(request.nodeid, name)  # somebody else made it behind the kernel's back
+        return self._created(found, flags)
+
+    def _created(self, found: Found, flags: int) -> tuple[Entry, Opened]:
+        self.store.hold(found[0])
+        fh, _ = self._handle(found[0], flags)
+        return self._entry(found), Opened(fh, self._open_flags)
+
+    def tmpfile(self, request: Request, flags: int, mode: int, umask: int) -> tuple[Entry, Opened]:
+        return self._created(self.store.tmpfile(request.nodeid, mode, self._owner(request)), flags)
+
+    def release(self, request: Request, fh: int, flags: int) -> None:
+        handle = self.handles.pop(fh, None)
+        if handle is not None:
+            self.store.drop(handle.ino)
+
+    def buffer(self, size: int) -> memoryview:
+        """Memory of this thread's own, valid until it asks again."""
+        own: memoryview | None = getattr(self._buffers, "own", None)
+        if own is None or len(own) < size:
+            own = self._buffers.own = memoryview(mmap.mmap(-1, max(size, 1 << 20)))
+        return own[:size]
+
+    def read(self, request: Request, fh: int, offset: int, size: int, flags: int) -> Buffer | Sequence[Buffer] | Parked:
+        return self._read_store(request, offset, size)
+
+    def _read_store(self, request: Request, offset: int, size: int) -> Buffer:
+        buffer = self.buffer(size)
+        try:
+            n = self.store.read(request.nodeid, offset, buffer, nowait=not request.blocking)
+        except BlockingIOError:
+            if request.blocking:
+                raise
+            raise WouldBlock from None
+        if n < size and not request.blocking:
+            raise WouldBlock  # a short answer without waiting says nothing about the end of the file
+        return buffer[:n]
+
+    def write(
+        self, request: Request, fh: int, offset: int, data: memoryview, write_flags: int, flags: int
+    ) -> int | Parked:
+        ino = request.nodeid
+        if offset + len(data) > MAX_OFFSET:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        if write_flags & WRITE_KILL_SUIDGID:
+            self._kill_suid(ino)
+        self.store.write(ino, offset, (data,))
+        handle = self.handles.get(fh)
+        if handle is not None:
+            handle.written = True
+        if flags & O_DSYNC:
+            self.store.sync(ino)
+        return len(data)
+
+    def flush(self, request: Request, fh: int, lock_owner: int) -> Parked | None:
+        handle = self.handles.get(fh)
+        if handle is not None and handle.written and self.wait_on_close:
+            if not request.blocking:
+                raise WouldBlock
+            self.store.sync(handle.ino)
+            handle.written = False
+        return None
+
+    def fsync(self, request: Request, fh: int, datasync: bool) -> Parked | None:
+        self.store.sync(request.nodeid, datasync)
+        return None
+
+    def fallocate(self, request: Request, fh: int, offset: int, length: int, mode: int) -> Parked | None:
+        self.store.fallocate(request.nodeid, mode, offset, length)
+        return None
+
+    def lseek(self, request: Request, fh: int, offset: int, whence: int) -> int:
+        return self.store.seek(request.nodeid, offset, whence)
+
+    def copy_file_range(
+        self, request: Request, fh: int, offset: int, nodeid_out: int, fh_out: int, offset_out: int, length: int,
+        flags: int,
+    ) -> int:  # fmt: skip
+        return self.store.copy_range(request.nodeid, offset, nodeid_out, offset_out, min(length, 1 << 30))
+
+    # directories
+
+    def readdir(self, request: Request, fh: int, offset: int) -> Iterable[Dirent]:
+        return self.store.readdir(request.nodeid, offset)
+
+    def readdirplus(self, request: Request, fh: int, offset: int) -> Iterator[tuple[Dirent, EntryMaker]]:
+        parent = request.nodeid
+
+        def look_up(name: bytes) -> Entry | None:
+            if name in (b".", b".."):
+                return None
+            try:
+                return self._entry(self.store.lookup(parent, name))
+            except FileNotFoundError:
+                return None
+
+        for entry in self.store.readdir(parent, offset):
+            yield entry, lambda name=entry.name: look_up(name)  # type: ignore[misc]
+
+    def fsyncdir(self, request: Request, fh: int, datasync: bool) -> Parked | None:
+        self.store.fsyncdir(request.nodeid)
+        return None
+
+
+def signed_ns(seconds: int, nanoseconds: int) -> int:
+    """A time of SETATTR: seconds are two's complement in 64 bits."""
+    return (seconds - (1 << 64) if seconds >> 63 else seconds) * 1_000_000_000 + nanoseconds

@@ -1,0 +1,210 @@
+"""What the file system needs of a store.
+
+An `ino` is the store's own number of a file: never reused while the store is open, the root is 1. It is also the
+kernel's nodeid. Names are single components as bytes. Errors are OSError with the errno that Linux would give.
+Every method may be called from several threads and may block, except where it says otherwise.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from wbfuse.wire.types import Attr, Dirent, Statfs
+
+ROOT_INO = 1
+
+Buffer = bytes | bytearray | memoryview
+Progress = Callable[[int], None]
+
+
+@dataclass(slots=True, frozen=True)
+class Capabilities:
+    """What a store can do; asked once."""
+
+    atomic_commit: bool
+    """A commit is seen whole or not at all, also after a crash."""
+    preferred_piece: int
+    """Bytes in which data leaves best."""
+    max_file_size: int
+    """The largest size that a file can have; beyond it a change is EFBIG at once, not at its commit."""
+
+
+@dataclass(slots=True, frozen=True)
+class Owner:
+    """Whose a new file is: the caller's ids."""
+
+    uid: int
+    gid: int
+
+
+@dataclass(slots=True)
+class Change:
+    """What setattr sets; None leaves as it is. Sizes change by rounds, never here."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+
+
+@dataclass(slots=True)
+class Piece:
+    """A contiguous range that leaves as one write; `buffers` None makes it a hole of zeros."""
+
+    offset: int
+    length: int
+    buffers: list[memoryview] | None
+
+
+@dataclass(slots=True)
+class Round:
+    """What one commit brings to one file, applied in the order of these fields."""
+
+    ino: int
+    lowest: int | None = None
+    """Truncate to this size first, where the file is larger: the lowest that it was truncated to."""
+    pieces: list[Piece] = field(default_factory=list)
+    """Sorted by offset, not overlapping."""
+    size: int = 0
+    """The size afterwards."""
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+
+
+Found = tuple[int, Attr]
+"""An ino and its attributes."""
+
+
+class Store(ABC):
+    """The contract. `wbfuse.testing.store` has the suite that every store must pass."""
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> Capabilities: ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release everything. What was committed stays."""
+
+    # names
+
+    @abstractmethod
+    def lookup(self, parent: int, name: bytes) -> Found: ...
+
+    @abstractmethod
+    def forget(self, ino: int) -> None:
+        """Nobody knows `ino` any more; it may be dropped from memory. Does not block."""
+
+    @abstractmethod
+    def create(self, parent: int, name: bytes, mode: int, owner: Owner) -> Found:
+        """A new regular file; EEXIST where the name is there."""
+
+    @abstractmethod
+    def tmpfile(self, parent: int, mode: int, owner: Owner) -> Found:
+        """A new regular file without a name, as O_TMPFILE; `link` may give it one."""
+
+    @abstractmethod
+    def mknod(self, parent: int, name: bytes, mode: int, rdev: int, owner: Owner) -> Found: ...
+
+    @abstractmethod
+    def mkdir(self, parent: int, name: bytes, mode: int, owner: Owner) -> Found: ...
+
+    @abstractmethod
+    def symlink(self, parent: int, name: bytes, target: bytes, owner: Owner) -> Found: ...
+
+    @abstractmethod
+    def link(self, ino: int, parent: int, name: bytes) -> Found: ...
+
+    @abstractmethod
+    def readlink(self, ino: int) -> bytes: ...
+
+    @abstractmethod
+    def unlink(self, parent: int, name: bytes) -> tuple[int, int]:
+        """Remove a name. Answers the ino (0 where the store has not met it) and how many links are left."""
+
+    @abstractmethod
+    def rmdir(self, parent: int, name: bytes) -> None: ...
+
+    @abstractmethod
+    def rename(self, parent: int, name: bytes, newparent: int, newname: bytes, flags: int) -> tuple[int, int]:
+        """`flags`: RENAME_NOREPLACE or RENAME_EXCHANGE. Answers as unlink does, for the file that was replaced."""
+
+    @abstractmethod
+    def readdir(self, ino: int, offset: int) -> Iterator[Dirent]:
+        """Entries after `offset` (0: from the start), "." and ".." included; offsets hold across changes."""
+
+    @abstractmethod
+    def fsyncdir(self, ino: int) -> None: ...
+
+    # attributes
+
+    @abstractmethod
+    def getattr(self, ino: int) -> Attr: ...
+
+    @abstractmethod
+    def setattr(self, ino: int, change: Change) -> Attr: ...
+
+    @abstractmethod
+    def getxattr(self, ino: int, name: bytes) -> bytes: ...
+
+    @abstractmethod
+    def listxattr(self, ino: int) -> Sequence[bytes]: ...
+
+    @abstractmethod
+    def setxattr(self, ino: int, name: bytes, value: bytes, flags: int) -> None: ...
+
+    @abstractmethod
+    def removexattr(self, ino: int, name: bytes) -> None: ...
+
+    @abstractmethod
+    def statfs(self) -> Statfs: ...
+
+    # data
+
+    @abstractmethod
+    def hold(self, ino: int) -> None:
+        """The file is open: it lives on without links until `drop`. Counts. May block."""
+
+    @abstractmethod
+    def drop(self, ino: int) -> None:
+        """Undo one `hold`."""
+
+    @abstractmethod
+    def read(self, ino: int, offset: int, buffer: memoryview, nowait: bool = False) -> int:
+        """Fill `buffer` with committed bytes; fewer only at the end of the file.
+
+        With `nowait`, raises BlockingIOError rather than wait.
+        """
+
+    @abstractmethod
+    def write(self, ino: int, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Write-through: all bytes, or an error."""
+
+    @abstractmethod
+    def truncate(self, ino: int, size: int) -> None: ...
+
+    @abstractmethod
+    def commit(self, round_: Round, progress: Progress) -> None:
+        """Apply a round. `progress` is called with the bytes of each piece as it is taken."""
+
+    @abstractmethod
+    def sync(self, ino: int, datasync: bool = False) -> None:
+        """What was committed of this file is durable when this returns."""
+
+    @abstractmethod
+    def sync_all(self) -> None:
+        """Everything that was committed is durable when this returns."""
+
+    @abstractmethod
+    def fallocate(self, ino: int, mode: int, offset: int, length: int) -> None: ...
+
+    @abstractmethod
+    def seek(self, ino: int, offset: int, whence: int) -> int:
+        """os.SEEK_DATA or os.SEEK_HOLE in committed bytes; ENXIO past the end."""
+
+    @abstractmethod
+    def copy_range(self, source: int, offset: int, target: int, target_offset: int, length: int) -> int:
+        """Copy inside the store; answers the bytes copied. EOPNOTSUPP or EXDEV where it cannot."""

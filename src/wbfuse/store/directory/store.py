@@ -1,0 +1,469 @@
+"""The name space over a directory: every call goes through the descriptor of a parent, so no symlink leads out.
+
+Descriptors are a cache (`fds`); a node that has none is found again by its last names, from the root down, and its
+identity is verified: another file in its place is ESTALE. An unlinked file that is open is moved to
+`.wbfuse/orphans/` and removed when it is closed, so it needs no descriptor either. `.wbfuse` itself is not shown.
+
+Locks: `_counts` guards the holds of nodes, for an instant. `names` (re-entrant) guards the node table, and is held over the system calls that move or remove names, so a
+place in the table is right whenever `names` is held. Reads of the table try without it and come back with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import resource
+import stat
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+from wbfuse.store.contract import ROOT_INO, Capabilities, Change, Found, Owner, Store
+from wbfuse.store.directory import syscalls
+from wbfuse.store.directory.data import DirectoryData
+from wbfuse.store.directory.fds import Fd, FdCache
+from wbfuse.store.directory.nodes import Node, Nodes, Place
+from wbfuse.wire.constants import RENAME_EXCHANGE, RENAME_NOREPLACE
+from wbfuse.wire.types import Attr, Dirent, Statfs
+
+PRIVATE = b".wbfuse"
+_ORPHANS = b"orphans"
+_DIR_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_GETDENTS = 8192
+
+
+class SourceError(Exception):
+    """The directory cannot serve as a store; one line for the person who asked."""
+
+
+def _proc(fd: Fd) -> str:
+    """A path that leads to exactly this open file, whatever happened to its names."""
+    return f"/proc/self/fd/{fd.n}"
+
+
+class DirectoryStore(DirectoryData, Store):
+    """Serve `path`. Raises SourceError where that cannot be. One store at a time has a directory for writing."""
+
+    def __init__(self, path: str, read_only: bool = False) -> None:
+        try:
+            self._root = Fd(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        except FileNotFoundError:
+            raise SourceError(f"{path}: no such directory; make it with: mkdir -p {path}") from None
+        except NotADirectoryError:
+            raise SourceError(f"{path}: not a directory") from None
+        except OSError as e:
+            raise SourceError(f"{path}: {e.strerror}") from e
+        if not read_only:
+            try:
+                fcntl.flock(self._root.n, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                raise SourceError(f"{path}: another wbfuse mount writes to this directory; unmount that first") from e
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        share = max(16, (min(hard, 20000) - 256) // 4)
+        self._privileged = os.geteuid() == 0
+        self._dirs = FdCache(share // 2)
+        self._listings = FdCache(min(256, share // 2))
+        attr, identity = syscalls.statx(self._root.n)
+        self.names = threading.RLock()
+        self._counts = threading.Lock()
+        self._nodes = Nodes(identity, stat.S_IFMT(attr.mode))
+        self._orphanage: Fd | None = None
+        DirectoryData.__init__(self, share)
+        self._max_file_size = (1 << 63) - 1 if read_only else syscalls.max_file_size(self._root.n)
+        if not read_only:
+            self._clear_orphans()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(atomic_commit=False, preferred_piece=4 << 20, max_file_size=self._max_file_size)
+
+    def close(self) -> None:
+        """Close every descriptor; the private directory goes where it is empty."""
+        self.close_data()
+        self._dirs.clear()
+        self._listings.clear()
+        if self._orphanage is not None:
+            self._orphanage = None
+            with contextlib.suppress(OSError):  # not empty: an orphan could not be removed, kept for a look
+                self._in_private(lambda fd: os.rmdir(_ORPHANS, dir_fd=fd))
+                os.rmdir(PRIVATE, dir_fd=self._root.n)
+        fcntl.flock(self._root.n, fcntl.LOCK_UN)
+
+    # orphans
+
+    def _in_private(self, act: Callable[[int], None]) -> None:
+        fd = Fd(os.open(PRIVATE, _DIR_FLAGS, dir_fd=self._root.n))
+        act(fd.n)
+
+    def _clear_orphans(self) -> None:
+        """Files that were unlinked while open, of a mount that did not end well. Nobody can name them any more."""
+        try:
+            private = Fd(os.open(PRIVATE, _DIR_FLAGS, dir_fd=self._root.n))
+            orphans = Fd(os.open(_ORPHANS, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=private.n))
+        except FileNotFoundError:
+            return
+        except OSError as e:
+            raise SourceError(f"{PRIVATE.decode()}: cannot be used: {e.strerror}") from e
+        for name in os.listdir(orphans.n):
+            os.unlink(name, dir_fd=orphans.n)
+        self._orphanage = orphans
+
+    def _orphans(self) -> Fd:
+        if self._orphanage is None:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(PRIVATE, 0o700, dir_fd=self._root.n)
+            private = Fd(os.open(PRIVATE, _DIR_FLAGS, dir_fd=self._root.n))
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(_ORPHANS, 0o700, dir_fd=private.n)
+            self._orphanage = Fd(os.open(_ORPHANS, _DIR_FLAGS, dir_fd=private.n))
+        return self._orphanage
+
+    # finding
+
+    def _node(self, ino: int) -> Node:
+        node = self._nodes.by_ino.get(ino)
+        if node is None:
+            raise OSError(errno.ESTALE, f"node {ino} is not known")
+        return node
+
+    def _open_at_place(self, node: Node, flags: int) -> Fd:
+        """Open `node` by one of its names and verify that it is still that file. ESTALE where none fits."""
+        error: OSError | None = None
+        for parent, name in reversed(list(node.places)):
+            try:
+                at = self._orphans() if node.orphan else self.dir_fd(parent)
+                fd = Fd(os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at.n))
+            except OSError as e:
+                if e.errno not in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ESTALE):
+                    raise
+                error = e
+                continue
+            if syscalls.statx(fd.n)[1] == node.identity:
+                return fd
+        raise OSError(errno.ESTALE, "the file is no longer where it was") from error
+
+    def open_node(self, ino: int, flags: int) -> Fd:
+        """A fresh descriptor of the file, found by its names."""
+        if ino == ROOT_INO:
+            return Fd(os.open(".", flags | os.O_CLOEXEC, dir_fd=self._root.n))
+        node = self._node(ino)
+        try:
+            return self._open_at_place(node, flags)
+        except OSError as e:
+            if e.errno != errno.ESTALE:
+                raise
+        with self.names:  # a rename may have been under way: look again while nothing moves
+            return self._open_at_place(node, flags)
+
+    def dir_fd(self, ino: int) -> Fd:
+        """A path descriptor of a directory, from the cache or found from the root down."""
+        if ino == ROOT_INO:
+            return self._root
+        fd = self._dirs.get(ino)
+        return fd if fd is not None else self._dirs.put(ino, self.open_node(ino, _DIR_FLAGS))
+
+    def _check(self, parent: int, name: bytes) -> None:
+        if not name or name in (b".", b"..") or b"/" in name or b"\0" in name:
+            raise OSError(errno.EINVAL, "not a name", name)
+        if len(name) > 255:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), name)
+        if parent == ROOT_INO and name == PRIVATE:
+            raise OSError(errno.EPERM, "this name is wbfuse's own", name)
+
+    def _seen(self, parent: int, name: bytes, fd: int, at: bytes) -> Found:
+        attr, identity = syscalls.statx(fd, at)
+        with self.names:
+            node = self._nodes.see(identity, stat.S_IFMT(attr.mode), (parent, name))
+        return node.ino, attr
+
+    def lookup(self, parent: int, name: bytes) -> Found:
+        if parent == ROOT_INO and name == PRIVATE:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        self._check(parent, name)
+        return self._seen(parent, name, self.dir_fd(parent).n, name)
+
+    def forget(self, ino: int) -> None:
+        if ino == ROOT_INO:
+            return
+        with self.names:
+            node = self._nodes.by_ino.get(ino)
+            if node is None:
+                return
+            node.known = False
+            if node.holds == 0:
+                self._nodes.remove(node)
+                self._dirs.discard(ino)
+                self._listings.discard(ino)
+                self.forget_data(ino)
+
+    # making
+
+    def _own(self, parent: int, fd: int, mode: int, owner: Owner, name: bytes | None = None) -> None:
+        """Give a new file to who asked for it; a set-group-id directory gives its own group."""
+        if not self._privileged:
+            return
+        above = os.fstat(self.dir_fd(parent).n)
+        gid = -1 if above.st_mode & stat.S_ISGID else owner.gid
+        if name is None:
+            mine = os.fstat(fd)
+            if mine.st_uid == owner.uid and gid in (-1, mine.st_gid):
+                return
+            os.fchown(fd, owner.uid, gid)
+            if mode & (stat.S_ISUID | stat.S_ISGID):
+                os.fchmod(fd, mode & 0o7777)  # chown took these bits
+            return
+        mine = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        if mine.st_uid != owner.uid or gid not in (-1, mine.st_gid):
+            os.chown(name, owner.uid, gid, dir_fd=fd, follow_symlinks=False)
+
+    def create(self, parent: int, name: bytes, mode: int, owner: Owner) -> Found:
+        self._check(parent, name)
+        at = self.dir_fd(parent)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = Fd(os.open(name, flags, mode & 0o7777, dir_fd=at.n), writable=True)
+        self._own(parent, fd.n, mode, owner)
+        ino, attr = self._seen(parent, name, fd.n, b"")
+        self.keep_data_fd(ino, fd)
+        return ino, attr
+
+    def tmpfile(self, parent: int, mode: int, owner: Owner) -> Found:
+        """Made in the orphanage under its number, so that it needs no descriptor; `link` gives it a real name."""
+        orphans = self._orphans()
+        self.dir_fd(parent)  # ESTALE where that is gone
+        with self.names:
+            temporary = b"new-%d" % threading.get_ident()
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            fd = Fd(os.open(temporary, flags, mode & 0o7777, dir_fd=orphans.n), writable=True)
+            self._own(parent, fd.n, mode, owner)
+            attr, identity = syscalls.statx(fd.n)
+            node = self._nodes.see(identity, stat.S_IFMT(attr.mode), None)
+            place = (0, b"%d" % node.ino)
+            os.rename(temporary, place[1], src_dir_fd=orphans.n, dst_dir_fd=orphans.n)
+            node.orphan, node.places = True, [place]
+        self.keep_data_fd(node.ino, fd)
+        attr.nlink = 0
+        return node.ino, attr
+
+    def mknod(self, parent: int, name: bytes, mode: int, rdev: int, owner: Owner) -> Found:
+        self._check(parent, name)
+        at = self.dir_fd(parent)
+        os.mknod(name, mode, rdev, dir_fd=at.n)
+        self._own(parent, at.n, mode, owner, name)
+        if not stat.S_ISLNK(mode) and mode & (stat.S_ISUID | stat.S_ISGID):
+            os.chmod(name, mode & 0o7777, dir_fd=at.n)
+        return self._seen(parent, name, at.n, name)
+
+    def mkdir(self, parent: int, name: bytes, mode: int, owner: Owner) -> Found:
+        self._check(parent, name)
+        at = self.dir_fd(parent)
+        os.mkdir(name, mode & 0o7777, dir_fd=at.n)
+        self._own(parent, at.n, mode, owner, name)
+        return self._seen(parent, name, at.n, name)
+
+    def symlink(self, parent: int, name: bytes, target: bytes, owner: Owner) -> Found:
+        self._check(parent, name)
+        at = self.dir_fd(parent)
+        os.symlink(target, name, dir_fd=at.n)
+        self._own(parent, at.n, 0, owner, name)
+        return self._seen(parent, name, at.n, name)
+
+    def link(self, ino: int, parent: int, name: bytes) -> Found:
+        self._check(parent, name)
+        at = self.dir_fd(parent)
+        with self.names:
+            node = self._node(ino)
+            path = self.open_node(ino, os.O_PATH)
+            if node.orphan:
+                # A tmpfile gets its first name: the orphanage's link is moved there, unless the name is taken.
+                syscalls.renameat2(self._orphans().n, node.places[-1][1], at.n, name, RENAME_NOREPLACE)
+                node.orphan, node.places = False, []
+            else:
+                os.link(_proc(path), name, dst_dir_fd=at.n, follow_symlinks=True)
+            return self._seen(parent, name, at.n, name)
+
+    def readlink(self, ino: int) -> bytes:
+        node = self._node(ino)
+        for parent, name in reversed(list(node.places)):
+            with contextlib.suppress(FileNotFoundError):
+                return os.readlink(name, dir_fd=self.dir_fd(parent).n)
+        raise OSError(errno.ESTALE, "the link is no longer where it was")
+
+    # removing and moving
+
+    def _victim(self, at: Fd, name: bytes) -> tuple[Node | None, int]:
+        """The known node under a name that is about to lose it, and its links now. Held: names."""
+        attr, identity = syscalls.statx(at.n, name)
+        node = self._nodes.find(identity)
+        return node, 0 if stat.S_ISDIR(attr.mode) else attr.nlink
+
+    def _left(self, node: Node | None, place: Place, links: int) -> tuple[int, int]:
+        """Book that `place` is gone, where `links` are left on disk. Held: names."""
+        if node is None:
+            return 0, links
+        self._nodes.moved(node, place, None)
+        if links == 0 and node.holds == 0:
+            self.forget_data(node.ino)
+        return node.ino, links
+
+    def _to_orphanage(self, node: Node, at: Fd, name: bytes, keep_name: bool) -> None:
+        """The last link of an open file: keep the file, under its number. Held: names."""
+        orphans, place = self._orphans(), (0, b"%d" % node.ino)
+        if keep_name:  # a rename will replace the name itself
+            os.link(name, place[1], src_dir_fd=at.n, dst_dir_fd=orphans.n, follow_symlinks=False)
+        else:
+            os.rename(name, place[1], src_dir_fd=at.n, dst_dir_fd=orphans.n)
+        node.orphan, node.places = True, [place]
+
+    def unlink(self, parent: int, name: bytes) -> tuple[int, int]:
+        self._check(parent, name)
+        at = self.dir_fd(parent)
+        with self.names:
+            node, links = self._victim(at, name)
+            if node is not None and node.holds and links == 1:
+                self._to_orphanage(node, at, name, keep_name=False)
+                return node.ino, 0
+            os.unlink(name, dir_fd=at.n)
+            return self._left(node, (parent, name), links - 1)
+
+    def rmdir(self, parent: int, name: bytes) -> None:
+        self._check(parent, name)
+        at = self.dir_fd(parent)
+        with self.names:
+            node, _ = self._victim(at, name)
+            os.rmdir(name, dir_fd=at.n)
+            if node is not None:
+                self._nodes.moved(node, (parent, name), None)
+                self._dirs.discard(node.ino)
+
+    def rename(self, parent: int, name: bytes, newparent: int, newname: bytes, flags: int) -> tuple[int, int]:
+        self._check(parent, name)
+        self._check(newparent, newname)
+        if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
+            raise OSError(errno.EINVAL, "these rename flags are not supported")
+        at, to = self.dir_fd(parent), self.dir_fd(newparent)
+        old, new = (parent, name), (newparent, newname)
+        with self.names:
+            moving, _ = self._victim(at, name)
+            target, links = None, 0
+            with contextlib.suppress(FileNotFoundError):
+                target, links = self._victim(to, newname)
+            same = moving is not None and moving is target
+            replaces = target is not None and links == 1 and target.holds > 0 and not flags and not same
+            if replaces and target is not None:
+                self._to_orphanage(target, to, newname, keep_name=True)
+            try:
+                syscalls.renameat2(at.n, name, to.n, newname, flags)
+            except OSError:
+                if replaces and target is not None:
+                    os.unlink(target.places[-1][1], dir_fd=self._orphans().n)
+                    target.orphan, target.places = False, [new]
+                raise
+            if same:
+                return 0, links  # two names of one file: rename(2) does nothing
+            if moving is not None:
+                self._nodes.moved(moving, old, new)
+            if flags & RENAME_EXCHANGE:
+                if target is not None:
+                    self._nodes.moved(target, new, old)
+                return 0, 0
+            if replaces and target is not None:
+                return target.ino, 0
+            return self._left(target, new, links - 1)
+
+    # listing
+
+    def readdir(self, ino: int, offset: int) -> Iterator[Dirent]:
+        fd = self._listings.get(ino)
+        if fd is None:
+            fd = self._listings.put(ino, self.open_node(ino, os.O_RDONLY | os.O_DIRECTORY))
+        while True:
+            with fd.lock:
+                os.lseek(fd.n, offset, os.SEEK_SET)
+                raw = syscalls.getdents(fd.n, _GETDENTS)
+            if not raw:
+                return
+            for entry in syscalls.parse_dents(raw):
+                offset = entry.offset
+                if ino != ROOT_INO or entry.name != PRIVATE:
+                    yield entry
+
+    def fsyncdir(self, ino: int) -> None:
+        os.fsync(self.open_node(ino, os.O_RDONLY | os.O_DIRECTORY).n)
+
+    # attributes
+
+    def getattr(self, ino: int) -> Attr:
+        fd = self._root if ino == ROOT_INO else (self.cached_data_fd(ino) or self._dirs.get(ino))
+        if fd is None:
+            fd = self.open_node(ino, os.O_PATH)
+        attr, _ = syscalls.statx(fd.n)
+        node = self._nodes.by_ino.get(ino)
+        if node is not None and node.orphan:
+            attr.nlink -= 1
+        return attr
+
+    def setattr(self, ino: int, change: Change) -> Attr:
+        fd = self.open_node(ino, os.O_PATH)
+        path = _proc(fd)
+        if change.uid is not None or change.gid is not None:
+            uid = -1 if change.uid is None else change.uid
+            gid = -1 if change.gid is None else change.gid
+            os.chown(path, uid, gid)
+        if change.mode is not None:
+            os.chmod(path, change.mode & 0o7777)
+        if change.atime_ns is not None or change.mtime_ns is not None:
+            now = syscalls.statx(fd.n)[0]
+            atime = now.atime_ns if change.atime_ns is None else change.atime_ns
+            mtime = now.mtime_ns if change.mtime_ns is None else change.mtime_ns
+            os.utime(path, ns=(atime, mtime))
+        return self.getattr(ino)
+
+    def getxattr(self, ino: int, name: bytes) -> bytes:
+        fd = self.open_node(ino, os.O_PATH)
+        return os.getxattr(_proc(fd), name)
+
+    def listxattr(self, ino: int) -> Sequence[bytes]:
+        fd = self.open_node(ino, os.O_PATH)
+        return [os.fsencode(name) for name in os.listxattr(_proc(fd))]
+
+    def setxattr(self, ino: int, name: bytes, value: bytes, flags: int) -> None:
+        fd = self.open_node(ino, os.O_PATH)
+        os.setxattr(_proc(fd), name, value, flags)
+
+    def removexattr(self, ino: int, name: bytes) -> None:
+        fd = self.open_node(ino, os.O_PATH)
+        os.removexattr(_proc(fd), name)
+
+    def sync_all(self) -> None:
+        syscalls.syncfs(self._root.n)
+
+    def statfs(self) -> Statfs:
+        s = os.fstatvfs(self._root.n)
+        return Statfs(s.f_blocks, s.f_bfree, s.f_bavail, s.f_files, s.f_ffree, s.f_bsize, s.f_namemax, s.f_frsize)
+
+    # open files
+
+    def hold(self, ino: int) -> None:
+        with self._counts:
+            self._node(ino).holds += 1
+
+    def drop(self, ino: int) -> None:
+        with self._counts:
+            node = self._node(ino)
+            node.holds -= 1
+            if node.holds or (node.known and not node.orphan):
+                return
+        with self.names:
+            if node.holds or self._nodes.by_ino.get(ino) is not node:
+                return
+            if node.orphan:
+                self.forget_data(ino)
+                os.unlink(node.places[-1][1], dir_fd=self._orphans().n)
+                node.places = []
+                self._nodes.remove(node)
+            elif not node.known:
+                self._nodes.remove(node)
+                self.forget_data(ino)

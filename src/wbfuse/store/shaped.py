@@ -1,0 +1,126 @@
+"""A store made slower, and counted: bandwidth, delay, and how much was written in how many calls.
+
+`--slow` delays every call and `--bwlimit` holds writes to a rate; without either this only counts. The delays are
+real sleeps in the threads that call, which is what a slow store does to them.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from wbfuse.store.contract import Buffer, Capabilities, Progress, Round, Store
+from wbfuse.wire.types import Dirent
+
+
+@dataclass(slots=True, frozen=True)
+class Shape:
+    """How slow: `rate` bytes a second both ways, `write_rate` for writes only (None: no limit), `delay` seconds a call."""
+
+    rate: float | None = None
+    delay: float = 0.0
+    write_rate: float | None = None
+
+    @property
+    def slow(self) -> bool:
+        return self.rate is not None or self.delay > 0
+
+
+class Bucket:
+    """A link of `rate` bytes a second that several threads share. Lock: guards `_free_at`, nothing is held with it."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+        self._lock = threading.Lock()
+        self._free_at = 0.0
+
+    def wait(self, size: int) -> None:
+        """Return when the link has carried `size` bytes for this caller."""
+        with self._lock:
+            now = time.monotonic()
+            self._free_at = max(now, self._free_at) + size / self._rate
+            until = self._free_at
+        time.sleep(until - now)
+
+
+_QUICK = frozenset({"hold", "drop", "forget", "close"})
+"""These must not block by contract, so they are never delayed."""
+
+
+class ShapedStore:
+    """Wraps a store; see `shaped`."""
+
+    def __init__(self, store: Store, shape: Shape) -> None:
+        self._store = store
+        self._shape = shape
+        self._both = Bucket(shape.rate) if shape.rate else None
+        self._out = Bucket(shape.write_rate) if shape.write_rate else None
+        self._lock = threading.Lock()
+        self.bytes_written = 0
+        self.writes = 0
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._store.capabilities
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method: Callable[..., Any] = getattr(self._store, name)
+        if name not in _QUICK and self._shape.delay:
+            delay, undelayed = self._shape.delay, method
+
+            def method(*args: Any, **kwargs: Any) -> Any:
+                time.sleep(delay)
+                return undelayed(*args, **kwargs)
+
+        setattr(self, name, method)
+        return method
+
+    def _carry(self, size: int) -> None:
+        if self._shape.delay:
+            time.sleep(self._shape.delay)
+        if self._both is not None:
+            self._both.wait(size)
+
+    def _written(self, size: int) -> None:
+        with self._lock:
+            self.bytes_written += size
+            self.writes += 1
+        if self._out is not None:
+            self._out.wait(size)
+
+    def read(self, ino: int, offset: int, buffer: memoryview, nowait: bool = False) -> int:
+        if self._shape.slow:
+            if nowait:
+                raise BlockingIOError(errno.EAGAIN, "a slow store always waits")
+            self._carry(len(buffer))
+        return self._store.read(ino, offset, buffer, nowait)
+
+    def write(self, ino: int, offset: int, buffers: Sequence[Buffer]) -> None:
+        size = sum(map(len, buffers))
+        self._carry(size)
+        self._store.write(ino, offset, buffers)
+        self._written(size)
+
+    def commit(self, round_: Round, progress: Progress) -> None:
+        def carried(size: int) -> None:
+            self._carry(size)
+            if size:
+                self._written(size)
+            progress(size)
+
+        self._store.commit(round_, carried)
+
+    def readdir(self, ino: int, offset: int) -> Iterator[Dirent]:
+        if self._shape.delay:
+            time.sleep(self._shape.delay)
+        return self._store.readdir(ino, offset)
+
+
+def shaped(store: Store, shape: Shape) -> tuple[Store, ShapedStore]:
+    """`store` behind `shape`: as a Store, and as the object that holds the counters."""
+    wrapped = ShapedStore(store, shape)
+    return cast(Store, wrapped), wrapped

@@ -1,0 +1,1 @@
+"""The policy: log -> extent map -> generations -> commit. It knows a store and no kernel."""

@@ -1,0 +1,455 @@
+"""The write-back cache: the log, the dirty state of files, who waits for what. The threads that commit are in engine.
+
+Locks: one, `lock`, guards everything here (log, files, queues, limits); it is held for microseconds and never over a
+store call, a reply or a callback. Conditions on it: `work` (committers), `paced` (the pacer), `room` (whoever waits
+for space or for everything to be clean).
+
+What may wait: WRITE replies above the limits (`paced`), fsync and close (`waiters`). Nothing else.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from wbfuse.store.contract import Store
+from wbfuse.wire.types import Attr
+from wbfuse.writeback.extents import HOLE
+from wbfuse.writeback.file import STORE, FileCache, Generation
+from wbfuse.writeback.limits import Limits
+from wbfuse.writeback.log import Log, LogFull, Segment
+from wbfuse.writeback.records import Kind
+
+log = logging.getLogger(__name__)
+
+MIB = 1 << 20
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+Done = Callable[[int], None]
+"""Called once with 0 or an errno."""
+
+
+@dataclass(slots=True)
+class Waiter:
+    """Somebody who waits until everything up to a generation is durable."""
+
+    generation: int
+    done: Done
+
+
+class File:
+    """What the cache holds of one file: the pure FileCache and what surrounds it."""
+
+    __slots__ = (
+        "attr", "core", "error", "error_sequence", "failures", "ino", "opens", "retry_at", "syncing", "unlinked",
+        "unsynced", "waiters",
+    )  # fmt: skip
+
+    def __init__(self, ino: int, attr: Attr, seal_bytes: int) -> None:
+        self.ino = ino
+        self.core = FileCache(ino, attr.size, attr.mtime_ns, seal_bytes)
+        self.attr = attr
+        """As the store last said; size and mtime are the core's."""
+        self.opens = 0
+        self.waiters: list[Waiter] = []
+        self.error = 0
+        self.error_sequence = 0
+        """errseq: counts errors; a handle that has seen a lower number has one to report."""
+        self.failures = 0
+        self.retry_at = 0.0
+        self.syncing = False
+        self.unsynced = False
+        """Something was committed since the store was last asked to make it durable."""
+        self.unlinked = False
+
+    def shown(self) -> Attr:
+        """The attributes as stat must show them."""
+        core = self.core
+        blocks = self.attr.blocks + (core.dirty_bytes >> 9)
+        return replace(self.attr, size=core.size, mtime_ns=core.mtime_ns, blocks=blocks)
+
+    @property
+    def busy(self) -> bool:
+        return self.core.in_flight or self.syncing
+
+
+class WritebackCache:
+    """Takes changes at memory speed, keeps their order, and lets an Engine commit them.
+
+    `log_size` bytes are allocated at once. `kernel_dirty` is how much the kernel may hand over beyond any reply.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        log_size: int,
+        max_write: int,
+        kernel_dirty: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.store = store
+        self.clock = clock
+        self.log = Log(log_size, max_write)
+        # Beyond the limit WRITEs are still taken (their replies wait), so what the kernel may send must fit behind it.
+        reserve = min(kernel_dirty + max_write, self.log.size // 2) + 2 * self.log.segment_size
+        limit = max(self.log.size - reserve, self.log.size // 4)
+        self.limits = Limits(limit // 4, limit)
+        self.seal_bytes = max(max_write, min(64 * MIB, limit // 8))
+        self.max_file_size = store.capabilities.max_file_size
+        self.lock = threading.Lock()
+        self.work = threading.Condition(self.lock)
+        self.paced = threading.Condition(self.lock)
+        self.room = threading.Condition(self.lock)
+        self.files: dict[int, File] = {}
+        self.dirty: OrderedDict[int, File] = OrderedDict()
+        """Files with generations and nothing in flight, the longest dirty first."""
+        self.urgent: OrderedDict[int, File] = OrderedDict()
+        """Those that somebody waits for."""
+        self.full: OrderedDict[int, File] = OrderedDict()
+        """Those whose oldest generation is sealed."""
+        self.failing: dict[int, File] = {}
+        """Those whose last round failed; retried at `retry_at`."""
+        self.parked: deque[tuple[int, int, Callable[[], None]]] = deque()
+        """(ino, size, answer) of WRITEs whose replies wait, in order of arrival."""
+        self.draining = 0
+        self.in_flight_bytes = 0
+        self.last_error = ""
+
+    # the reader's side
+
+    def receive_target(self) -> memoryview:
+        """Where the next payload is to be received. Waits where the log has no room at all."""
+        if not self.log.ready:
+            with self.lock:
+                self._wait_for_room(self.log.advance)
+        return self.log.tail
+
+    def _wait_for_room(self, act: Callable[[], None]) -> None:
+        """Held: lock. Repeat `act` until the log has room for it."""
+        while True:
+            try:
+                return act()
+            except LogFull:
+                self._want_room()
+                self.room.wait(1.0)
+
+    def _want_room(self) -> None:
+        """Held: lock. Have everything written back, and live bytes gathered from mostly dead segments."""
+        if not self._clean():
+            self.work.notify_all()
+
+    def adopt(self, ino: int, attr: Attr) -> File:
+        """The state of a file that is about to be changed; `attr` is the store's."""
+        with self.lock:
+            return self._adopt(ino, attr)
+
+    def open(self, ino: int, attr: Attr | None) -> File | None:
+        """Count an open of a file whose state is here, or is made from `attr`; None where it is neither."""
+        with self.lock:
+            if attr is None and ino not in self.files:
+                return None
+            f = self._adopt(ino, attr or self.files[ino].attr)
+            f.opens += 1
+            return f
+
+    def _adopt(self, ino: int, attr: Attr) -> File:
+        """Held: lock."""
+        f = self.files.get(ino)
+        if f is None:
+            self.store.hold(ino)
+            f = self.files[ino] = File(ino, attr, self.seal_bytes)
+        return f
+
+    def closed(self, f: File) -> None:
+        with self.lock:
+            f.opens -= 1
+            gone = self._discard(f) if f.unlinked and not f.opens else []
+            forget = self._forgettable(f)
+        self._answer_all(gone)
+        if forget:
+            self.store.drop(f.ino)
+
+    def _forgettable(self, f: File) -> bool:
+        """Held: lock. Take `f` out where nothing needs it; the caller then drops it in the store, without the lock."""
+        if f.opens or f.busy or f.core.generations or f.waiters or self.files.get(f.ino) is not f:
+            return False
+        del self.files[f.ino]
+        self.dirty.pop(f.ino, None)
+        self.urgent.pop(f.ino, None)
+        self.failing.pop(f.ino, None)
+        return True
+
+    # changes
+
+    def write(self, f: File, unique: int, offset: int, data: memoryview, at_tail: bool, mtime_ns: int | None) -> int:
+        """Take `data`, which stands at the tail or is a copy, and stamp its record. Answers the occupied bytes.
+
+        Raises EFBIG beyond what the store can hold.
+        """
+        end = offset + len(data)
+        if end > self.max_file_size:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        with self.lock:
+            f = self._adopt(f.ino, f.attr)  # it may have been let go a moment ago, being clean
+            log_ = self.log
+            if at_tail:
+                place = log_.take(len(data))
+            else:
+                places: list[int] = []
+                self._wait_for_room(lambda: places.append(log_.put(data)))
+                place = places[0]
+            sequence = log_.stamp(Kind.WRITE, unique, f.ino, offset, len(data), place)
+            dropped = f.core.write(offset, end, place, self.clock(), sequence, mtime_ns)
+            if dropped:
+                log_.release(dropped)
+            self._dirtied(f)
+            return log_.occupied
+
+    def truncate(self, f: File, unique: int, size: int, mtime_ns: int | None) -> None:
+        if size > self.max_file_size:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        with self.lock:
+            f = self._adopt(f.ino, f.attr)
+            token = self._note(Kind.TRUNCATE, unique, f.ino, size, 0)
+            self._freed(self.log.release(f.core.truncate(size, self.clock(), self.log.sequence, token, mtime_ns)))
+            self._dirtied(f)
+
+    def zero(self, f: File, unique: int, start: int, end: int, grow: bool, mtime_ns: int | None) -> None:
+        """[start, end) reads as zeros; with `grow` the size reaches `end`."""
+        if grow and end > self.max_file_size:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        with self.lock:
+            f = self._adopt(f.ino, f.attr)
+            token = self._note(Kind.ZERO, unique, f.ino, start, end - start, int(grow))
+            dropped = f.core.zero(start, end, grow, self.clock(), self.log.sequence, token, mtime_ns)
+            self._freed(self.log.release(dropped))
+            self._dirtied(f)
+
+    def set_times(self, f: File, unique: int, atime_ns: int | None, mtime_ns: int | None) -> None:
+        with self.lock:
+            f = self._adopt(f.ino, f.attr)
+            flags = (atime_ns is not None) | (mtime_ns is not None) << 1
+            token = self._note(Kind.TIMES, unique, f.ino, atime_ns or 0, mtime_ns or 0, flags)
+            f.core.set_times(atime_ns, mtime_ns, self.clock(), self.log.sequence, token)
+            if atime_ns is not None:
+                f.attr.atime_ns = atime_ns
+            self._dirtied(f)
+
+    def _note(self, kind: Kind, unique: int, ino: int, offset: int, length: int, flags: int = 0) -> int:
+        """Held: lock."""
+        tokens: list[int] = []
+        self._wait_for_room(lambda: tokens.append(self.log.note(kind, unique, ino, offset, length, flags)))
+        return tokens[0]
+
+    def _dirtied(self, f: File) -> None:
+        """Held: lock. Put `f` where the engine finds it, and wake the engine if it should look now."""
+        ino = f.ino
+        if f.busy or ino in self.failing:
+            return
+        if ino not in self.dirty:
+            self.dirty[ino] = f
+            if len(self.dirty) == 1:
+                self.work.notify()  # somebody must watch its age
+        if f.core.generations[0].sealed and ino not in self.full:
+            self.full[ino] = f
+            self.work.notify()
+        elif self.log.occupied > self.limits.background:
+            self.work.notify()
+
+    def unlinked(self, ino: int) -> None:
+        """The last link of `ino` is gone; its data goes with the last open."""
+        with self.lock:
+            f = self.files.get(ino)
+            if f is None:
+                return
+            f.unlinked = True
+            f.attr.nlink = 0
+            answers = self._unpark(ino) if f.opens else self._discard(f)
+            forget = self._forgettable(f)
+        self._answer_all(answers)
+        if forget:
+            self.store.drop(ino)
+
+    def _discard(self, f: File) -> list[Callable[[], None]]:
+        """Held: lock. Forget the dirty data of a file that nobody can reach. Answers replies to send."""
+        self._release(f.core.discard())
+        if not f.core.generations:
+            self.dirty.pop(f.ino, None)
+            self.full.pop(f.ino, None)
+            self.failing.pop(f.ino, None)
+        waiters, f.waiters = f.waiters, []
+        self.urgent.pop(f.ino, None)
+        return self._unpark(f.ino) + [_settle(w, 0) for w in waiters]
+
+    def _unpark(self, ino: int) -> list[Callable[[], None]]:
+        """Held: lock. The parked WRITE replies of one file: rm of it waits for them in the kernel."""
+        mine = [answer for i, _, answer in self.parked if i == ino]
+        if mine:
+            self.parked = deque(item for item in self.parked if item[0] != ino)
+        return mine
+
+    @staticmethod
+    def _answer_all(answers: list[Callable[[], None]]) -> None:
+        for answer in answers:
+            answer()
+
+    def _release(self, gone: list[Generation]) -> None:
+        """Held: lock. The log bytes of generations that are committed or forgotten."""
+        freed = False
+        for g in gone:
+            freed |= self.log.release(g.extents.places())
+            freed |= self.log.unnote(g.tokens)
+        self._freed(freed)
+
+    def _freed(self, freed: bool) -> None:
+        """Held: lock."""
+        if freed:
+            self.room.notify_all()
+            self.paced.notify()
+
+    # pacing
+
+    def must_wait(self, occupied: int) -> bool:
+        """Whether a WRITE's reply must go through the pacer."""
+        return occupied >= self.limits.freerun or bool(self.parked)
+
+    def pace(self, ino: int, size: int, answer: Callable[[], None]) -> None:
+        """Send this reply when the limits allow, after those that wait already."""
+        with self.lock:
+            self.parked.append((ino, size, answer))
+            self.paced.notify()
+            self.work.notify()
+
+    # reading
+
+    def read_plan(self, f: File, start: int, end: int) -> tuple[list[tuple[int, int, int]], list[Segment]]:
+        """What `FileCache.resolve` says, its log segments pinned; the caller must `unpin` them."""
+        with self.lock:
+            plan = f.core.resolve(start, end)
+            return plan, self.log.pin((place, e - s) for s, e, place in plan if place not in (HOLE, STORE))
+
+    def unpin(self, pinned: list[Segment]) -> None:
+        with self.lock:
+            self._freed(self.log.unpin(pinned))
+
+    # durability
+
+    def sync(self, f: File, done: Done) -> bool:
+        """Call `done` once everything accepted so far of `f` is durable, or its round has failed.
+
+        Answers True, and never calls it, where that is so already.
+        """
+        with self.lock:
+            number = f.core.seal()
+            if not number and not f.unsynced and not f.busy:
+                return True
+            f.waiters.append(Waiter(number, done))
+            f.retry_at = 0.0
+            self.failing.pop(f.ino, None)
+            if not f.busy:
+                self.urgent[f.ino] = f
+                self.work.notify()
+            return False
+
+    def cancel(self, f: File, done: Done) -> bool:
+        """Forget a waiter (it was interrupted). False where it is being answered already."""
+        with self.lock:
+            for w in f.waiters:
+                if w.done is done:
+                    f.waiters.remove(w)
+                    if not f.waiters:
+                        self.urgent.pop(f.ino, None)
+                        if f.core.generations and not f.busy and f.ino not in self.failing:
+                            self.dirty.setdefault(f.ino, f)
+                    return True
+            return False
+
+    def drain(self, on_progress: Callable[[int], None], give_up: Callable[[], bool]) -> list[tuple[int, int]]:
+        """Commit everything and make it durable. `on_progress` gets the bytes left, about five times a second.
+
+        Answers (ino, errno) of files that failed, where every file left has failed since the call, or where
+        `give_up` says so; their data stays and is tried again.
+        """
+        with self.lock:
+            self.draining += 1
+            for f in self.failing.values():
+                f.retry_at = 0.0
+            before = {f.ino: f.error_sequence for f in self.files.values()}
+            self.work.notify_all()
+        try:
+            while True:
+                with self.lock:
+                    left = [f for f in self.files.values() if f.core.generations or f.busy]
+                    failed = [f for f in left if f.error_sequence > before.get(f.ino, 0)]
+                    if not left:
+                        break
+                    if len(failed) == len(left) or give_up():
+                        return [(f.ino, f.error) for f in left]
+                    pending = sum(f.core.dirty_bytes for f in left)
+                    self.room.wait(0.2)
+                on_progress(pending)
+        finally:
+            with self.lock:
+                self.draining -= 1
+        self.store.sync_all()
+        with self.lock:
+            for f in self.files.values():
+                f.unsynced = f.unsynced and bool(f.core.generations or f.busy)
+        on_progress(0)
+        return []
+
+    # the log's own housekeeping
+
+    def _clean(self) -> bool:
+        """Held: lock. Copy the live bytes out of a mostly dead segment. Answers whether one became free."""
+        s = self.log.sparse()
+        if s is None:
+            return False
+        low, high = s.base, s.base + self.log.segment_size
+        found = []
+        for f in self.files.values():
+            for n, g in enumerate(f.core.generations):
+                for i, (start, end, place) in enumerate(g.extents):
+                    if low <= place < high:
+                        if n == 0 and f.core.in_flight:
+                            return False  # its buffers are in a store call
+                        found.append((f, g, i, start, end - start, place))
+        freed = False
+        for f, g, i, start, length, place in found:
+            try:
+                moved = self.log.put(self.log.view(place, length))
+            except LogFull:
+                return freed
+            self.log.stamp(Kind.WRITE, 0, f.ino, start, length, moved)
+            g.extents.move(i, moved)
+            freed |= self.log.release([(place, length)])
+        self._freed(freed)
+        return freed
+
+    # what status shows
+
+    def status(self) -> dict[str, int | float | str]:
+        with self.lock:
+            dirty = sum(f.core.dirty_bytes for f in self.files.values())
+            return {
+                "dirty_bytes": dirty - self.in_flight_bytes,
+                "writeback_bytes": self.in_flight_bytes,
+                "dirty_files": sum(1 for f in self.files.values() if f.core.generations),
+                "parked_writes": len(self.parked),
+                "log_size": self.log.size,
+                "log_used": self.log.occupied,
+                "log_limit": self.limits.limit,
+                "bandwidth": round(self.limits.bandwidth.value),
+                "failing_files": len(self.failing),
+                "last_error": self.last_error,
+            }
+
+
+def _settle(waiter: Waiter, error: int) -> Callable[[], None]:
+    return lambda: waiter.done(error)

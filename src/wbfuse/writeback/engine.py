@@ -1,0 +1,267 @@
+"""The threads of write-back: committers carry rounds to the store, the pacer lets WRITE replies go, a warmer prepares.
+
+Order of work: rounds that somebody waits for, then sealed generations, then - above the background limit, while
+draining, or past their age - the longest dirty. Rounds of one file never overlap; rounds of different files do.
+A failed round goes back to dirty and is tried again with growing delay; nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+
+from wbfuse.store.contract import Round
+from wbfuse.writeback.cache import File, WritebackCache
+from wbfuse.writeback.file import Generation, plan
+
+log = logging.getLogger(__name__)
+
+TRANSIENT = frozenset({
+    errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED,
+    errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EPIPE,
+})  # fmt: skip
+"""Errors that no application hears of: waited out."""
+_FIRST_RETRY, _LAST_RETRY = 0.1, 30.0
+_PIECE_SECONDS = 0.1
+_PIECE_LEAST = 256 << 10
+_PR_SET_IO_FLUSHER = 57
+
+
+class Engine:
+    """Runs a WritebackCache: `start`, later `stop` (which leaves dirty data dirty: drain first)."""
+
+    def __init__(self, cache: WritebackCache, dirty_expire: float, committers: int = 4) -> None:
+        self.cache = cache
+        self.dirty_expire = dirty_expire
+        self.bytes_written = 0
+        self.writes = 0
+        self.rounds = 0
+        self._stopping = False
+        self._threads = [
+            threading.Thread(target=self._commit_loop, name=f"committer-{i}", daemon=True) for i in range(committers)
+        ]
+        self._threads.append(threading.Thread(target=self._pace_loop, name="pacer", daemon=True))
+        self._threads.append(threading.Thread(target=self._warm_loop, name="warmer", daemon=True))
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        with self.cache.lock:
+            self._stopping = True
+            self.cache.work.notify_all()
+            self.cache.paced.notify_all()
+            self.cache.room.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    # choosing
+
+    def _pick(self, now: float) -> File | None:
+        """Held: lock. The file to serve next, taken out of the queues; None where nothing is due."""
+        cache = self.cache
+        for ino, failed in list(cache.failing.items()):
+            if failed.retry_at <= now:
+                del cache.failing[ino]
+                cache.dirty.setdefault(ino, failed)
+                cache.dirty.move_to_end(ino, last=False)
+                cache.full[ino] = failed
+        f = _first(cache.urgent) or _first(cache.full)
+        if f is None and cache.dirty:
+            oldest = _first(cache.dirty)
+            over = cache.draining or cache.parked or cache.log.occupied > cache.limits.background
+            if oldest is not None and (over or oldest.core.generations[0].born + self.dirty_expire <= now):
+                f = oldest
+        if f is not None:
+            for queue in (cache.urgent, cache.full, cache.dirty):
+                queue.pop(f.ino, None)
+        return f
+
+    def _due(self, now: float) -> float | None:
+        """Held: lock. Seconds until `_pick` may find something by time alone."""
+        cache = self.cache
+        times = [f.retry_at for f in cache.failing.values()]
+        oldest = _first(cache.dirty)
+        if oldest is not None:
+            times.append(oldest.core.generations[0].born + self.dirty_expire)
+        return max(0.001, min(times) - now) if times else None
+
+    # committing
+
+    def _commit_loop(self) -> None:
+        with contextlib.suppress(OSError):
+            _set_io_flusher()
+        cache = self.cache
+        while True:
+            with cache.lock:
+                while True:
+                    if self._stopping:
+                        return
+                    now = cache.clock()
+                    f = self._pick(now)
+                    if f is not None:
+                        break
+                    cache.work.wait(self._due(now))
+                f.core.seal()
+                g = f.core.begin()
+                f.syncing = g is None
+                if g is not None:
+                    cache.in_flight_bytes += g.extents.bytes
+            try:
+                error = self._commit(f, g) if g is not None else self._sync(f)
+            except Exception:  # a defect of a store must not end write-back
+                log.exception("write-back of node %d failed", f.ino)
+                error = errno.EIO
+            self._finish(f, g, error)
+
+    def _commit(self, f: File, g: Generation) -> int:
+        cache = self.cache
+        bandwidth = cache.limits.bandwidth
+        with cache.lock:
+            bandwidth.start(cache.clock())
+            piece = cache.store.capabilities.preferred_piece
+            if bandwidth.measured:
+                piece = max(_PIECE_LEAST, min(piece, int(bandwidth.value * _PIECE_SECONDS) & -4096))
+        # The generation is sealed and in flight, so nobody else touches its map.
+        pieces = plan(g.extents, piece, cache.log.view)
+        try:
+            cache.store.commit(Round(f.ino, g.lowest, pieces, g.size, g.atime_ns, g.mtime_ns), self._progress)
+            attr = cache.store.getattr(f.ino)
+        except OSError as e:
+            return e.errno or errno.EIO
+        with cache.lock:
+            nlink = f.attr.nlink
+            f.attr = attr
+            if f.unlinked:
+                f.attr.nlink = nlink
+            f.unsynced = True
+        return self._sync(f) if self._somebody_waits(f, g) else 0
+
+    def _somebody_waits(self, f: File, g: Generation) -> bool:
+        with self.cache.lock:
+            return any(w.generation <= g.number for w in f.waiters)
+
+    def _sync(self, f: File) -> int:
+        try:
+            self.cache.store.sync(f.ino)
+        except OSError as e:
+            return e.errno or errno.EIO
+        f.unsynced = False
+        return 0
+
+    def _progress(self, done: int) -> None:
+        cache = self.cache
+        with cache.lock:
+            if done:
+                self.bytes_written += done
+                self.writes += 1
+                cache.limits.bandwidth.progress(cache.clock(), done)
+                cache.paced.notify()
+
+    def _finish(self, f: File, g: Generation | None, error: int) -> None:
+        """The round of `g` (or, where None, a sync alone) has ended."""
+        cache = self.cache
+        answers: list[Callable[[], None]] = []
+        with cache.lock:
+            f.syncing = False
+            if g is not None:
+                cache.in_flight_bytes -= g.extents.bytes
+                # A failed sync may have lost committed pages in the store, so its round is written again as well.
+                if f.core.end(error == 0) is not None:
+                    cache._release([g])
+                    self.rounds += 1
+            if error:
+                answers += self._failed(f, error)
+            else:
+                f.failures = 0
+                done = g.number if g is not None else 0
+                ready = [w for w in f.waiters if w.generation <= done or not f.core.generations]
+                f.waiters = [w for w in f.waiters if w not in ready]
+                answers += [_call(w.done, 0) for w in ready]
+                self._requeue(f)
+            if f.unlinked and not f.opens:
+                answers += cache._discard(f)
+            forget = cache._forgettable(f)
+            cache.room.notify_all()
+            cache.paced.notify()
+        for answer in answers:
+            answer()
+        if forget:
+            cache.store.drop(f.ino)
+
+    def _requeue(self, f: File) -> None:
+        """Held: lock. A file that is idle again goes where it belongs."""
+        cache = self.cache
+        if f.core.generations:
+            cache.dirty[f.ino] = f
+            if f.core.generations[0].sealed:
+                cache.full[f.ino] = f
+        if f.waiters:
+            cache.urgent[f.ino] = f
+        if f.core.generations or f.waiters:
+            cache.work.notify()
+
+    def _failed(self, f: File, error: int) -> list[Callable[[], None]]:
+        """Held: lock. Keep the data, note the error, try again later. Answers the replies to send."""
+        cache = self.cache
+        f.failures += 1
+        f.retry_at = cache.clock() + min(_LAST_RETRY, _FIRST_RETRY * 2 ** min(f.failures - 1, 16))
+        if f.core.generations:
+            cache.failing[f.ino] = f
+        cache.last_error = f"node {f.ino}: {os.strerror(error)}"
+        log.warning("write-back of node %d failed: %s; try %d", f.ino, os.strerror(error), f.failures)
+        if error in TRANSIENT:
+            if f.waiters and not f.core.generations:
+                cache.urgent[f.ino] = f
+            return []
+        f.error = error
+        f.error_sequence += 1
+        waiters, f.waiters = f.waiters, []
+        return [_call(w.done, error) for w in waiters]
+
+    # pacing
+
+    def _pace_loop(self) -> None:
+        cache = self.cache
+        limits = cache.limits
+        while True:
+            with cache.lock:
+                if self._stopping:
+                    break
+                if not cache.parked:
+                    cache.paced.wait()
+                    continue
+                now, occupied = cache.clock(), cache.log.occupied
+                at = limits.ready_at(now, occupied)
+                if at is None or at > now:
+                    cache.paced.wait(None if at is None else at - now)
+                    continue
+                _, size, answer = cache.parked.popleft()
+                limits.sent(now, occupied, size)
+            answer()
+        for _, _, answer in list(cache.parked):
+            answer()
+
+    def _warm_loop(self) -> None:
+        while not self._stopping and self.cache.log.warm_next():
+            pass
+
+
+def _first(queue: OrderedDict[int, File]) -> File | None:
+    return next(iter(queue.values()), None)
+
+
+def _call(done: Callable[[int], None], error: int) -> Callable[[], None]:
+    return lambda: done(error)
+
+
+def _set_io_flusher() -> None:
+    """Memory reclaim in this thread must not wait for the writers that it serves (prctl(2); CAP_SYS_RESOURCE)."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)

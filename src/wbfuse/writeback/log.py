@@ -1,0 +1,282 @@
+"""The log: segments of a memfd into which the reader receives payloads, and the records that make them count.
+
+    memfd:  | segment 0 payload | segment 1 payload | ... | records of 0 | records of 1 | ...
+
+Invariants:
+- The tail has room for max_write bytes at a page boundary, and its segment is resident in this process before it
+  becomes the tail (a SIGKILL in mid-copy to a page that is not would lose the WRITE).
+- Bytes once taken never change until their segment is recycled; a rewrite goes to a new place. So data under
+  write-back is stable for free.
+- A segment is recycled when no live byte and no record of a pending change is in it, and it is neither the reader's
+  tail nor the side segment (notes, and payloads that other threads copy in). A record of a payload stands in the
+  payload's own segment, so both live equally long; every payload takes a page, so its slots cannot run out.
+
+Not thread-safe by itself: the cache's lock guards all of it, except `tail`, which is the one reader's own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Iterable, Iterator
+
+from wbfuse.writeback import records
+
+PAGE = mmap.PAGESIZE
+MIB = 1 << 20
+_MADV_POPULATE_WRITE = 23
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class LogFull(Exception):  # noqa: N818 - a state to wait out, not an error
+    """No segment is free. The reader must wait, or receive elsewhere."""
+
+
+class LogError(Exception):
+    """The log cannot be made; one line for the person who asked."""
+
+
+def segment_size(log_size: int, max_write: int) -> int:
+    """A sixteenth of the log, within 4 x max_write (bounds what the end of a segment wastes) and 16 MiB."""
+    return max(4 * max_write, min(16 * MIB, log_size // 16 // MIB * MIB))
+
+
+class Segment:
+    __slots__ = ("base", "index", "live", "pins", "records", "used", "warm")
+
+    def __init__(self, index: int, base: int) -> None:
+        self.index = index
+        self.base = base
+        self.used = 0
+        """Payload bytes handed out, pages rounded up."""
+        self.records = 0
+        self.live = 0
+        """Bytes that some extent refers to, and records.SIZE for each pending change without payload."""
+        self.pins = 0
+        """Readers that are copying out of it."""
+        self.warm = False
+
+
+class Log:
+    """`size` bytes of payload in whole segments. Raises LogError where memory does not allow it."""
+
+    def __init__(self, size: int, max_write: int) -> None:
+        self.segment_size = segment_size(size, max_write)
+        count = size // self.segment_size
+        if count < 4:
+            raise LogError(
+                f"a log of {size >> 20} MiB is too small: at least {self.segment_size * 4 >> 20} MiB are needed"
+            )
+        self.size = count * self.segment_size
+        self._usable = self.segment_size - PAGE
+        """One page at the end stays unused, so an extent never runs on into the next segment."""
+        self.max_write = max_write
+        self._slots = 2 * self.segment_size // PAGE
+        self._records_base = self.size
+        total = self.size + count * self._slots * records.SIZE
+        self.fd = os.memfd_create("wbfuse-log", os.MFD_CLOEXEC)
+        try:
+            os.posix_fallocate(self.fd, 0, total)
+            self._memory = mmap.mmap(self.fd, total)
+        except OSError as e:
+            os.close(self.fd)
+            raise LogError(
+                f"a log of {size >> 20} MiB does not fit into memory ({e.strerror}); choose a smaller --log-size"
+            ) from e
+        self._view = memoryview(self._memory)
+        self.segments = [Segment(i, i * self.segment_size) for i in range(count)]
+        self._free = list(reversed(self.segments))
+        """A stack: the segment used last is warm in the processor's cache and comes first."""
+        self.sequence = 0
+        self._receiving = self._fresh()
+        """Where the reader's tail is. Only the reader moves it."""
+        self._side = self._fresh()
+        """Where everybody else stamps notes and copies payloads to, under the lock."""
+        self._set_tail()
+
+    # the reader's tail
+
+    def _fresh(self) -> Segment:
+        if not self._free:
+            raise LogFull
+        s = self._free.pop()
+        self._warm(s)
+        self._zero_records(s)
+        return s
+
+    def _set_tail(self) -> None:
+        at = self._receiving.base + self._receiving.used
+        self.tail = self._view[at : at + self.max_write]
+        """Where the next payload is to be received."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether the tail has room for a payload of max_write."""
+        return self._receiving.used + self.max_write <= self._usable
+
+    def advance(self) -> None:
+        """Make the tail ready; for the reader only. Raises LogFull."""
+        if not self.ready:
+            full, self._receiving = self._receiving, self._fresh()
+            self._recycle(full)
+            self._set_tail()
+
+    def take(self, length: int) -> int:
+        """Keep what was received at the tail; answers its place. `stamp` must follow before the lock is let go."""
+        s = self._receiving
+        place = s.base + s.used
+        s.used += length + PAGE - 1 & -PAGE
+        s.live += length
+        if self.ready:
+            self._set_tail()
+        return place
+
+    # everybody's side
+
+    def _side_room(self, length: int) -> Segment:
+        s = self._side
+        if s.used + length > self._usable or s.records >= self._slots:
+            full, self._side = s, self._fresh()
+            self._recycle(full)
+        return self._side
+
+    def put(self, data: memoryview) -> int:
+        """Copy a payload of at most max_write that was received elsewhere; answers its place. Raises LogFull."""
+        s = self._side_room(len(data))
+        place = s.base + s.used
+        self._view[place : place + len(data)] = data
+        s.used += len(data) + PAGE - 1 & -PAGE
+        s.live += len(data)
+        return place
+
+    def stamp(self, kind: int, unique: int, ino: int, offset: int, length: int, place: int, flags: int = 0) -> int:
+        """Write the record of a payload at `place`, into its segment. Answers its sequence number."""
+        return self._stamp(self.segments[place // self.segment_size], kind, unique, ino, offset, length, place, flags)
+
+    def note(self, kind: int, unique: int, ino: int, offset: int, length: int, flags: int = 0) -> int:
+        """Stamp a change that has no payload; answers the token (a segment's number) to `unnote` once it is committed.
+
+        Raises LogFull.
+        """
+        s = self._side_room(0)
+        s.live += records.SIZE
+        self._stamp(s, kind, unique, ino, offset, length, 0, flags)
+        return s.index
+
+    def _stamp(
+        self, s: Segment, kind: int, unique: int, ino: int, offset: int, length: int, place: int, flags: int
+    ) -> int:
+        self.sequence += 1
+        at = self._records_base + (s.index * self._slots + s.records) * records.SIZE
+        self._view[at : at + records.SIZE] = records.pack(
+            self.sequence, unique, ino, offset, length, place, kind, flags
+        )
+        s.records += 1
+        return self.sequence
+
+    # what is used
+
+    @property
+    def free_segments(self) -> int:
+        return len(self._free)
+
+    @property
+    def occupied(self) -> int:
+        """Bytes that cannot be received into: dirty, in flight, and not yet reusable."""
+        open_room = 2 * self.segment_size - self._receiving.used - self._side.used
+        return self.size - len(self._free) * self.segment_size - open_room
+
+    def release(self, dropped: Iterable[tuple[int, int]]) -> bool:
+        """Nobody refers to these (place, length) any more. Answers whether a segment became free."""
+        size, segments, freed = self.segment_size, self.segments, False
+        for place, length in dropped:
+            s = segments[place // size]
+            s.live -= length
+            if s.live == 0:
+                freed |= self._recycle(s)
+        return freed
+
+    def unnote(self, tokens: Iterable[int]) -> bool:
+        """These records without payload are committed. Answers whether a segment became free."""
+        freed = False
+        for index in tokens:
+            s = self.segments[index]
+            s.live -= records.SIZE
+            if s.live == 0:
+                freed |= self._recycle(s)
+        return freed
+
+    def pin(self, places: Iterable[tuple[int, int]]) -> list[Segment]:
+        """Keep the segments of these places from being recycled until `unpin`."""
+        pinned = [self.segments[place // self.segment_size] for place, _ in places]
+        for s in pinned:
+            s.pins += 1
+        return pinned
+
+    def unpin(self, pinned: Iterable[Segment]) -> bool:
+        freed = False
+        for s in pinned:
+            s.pins -= 1
+            freed |= self._recycle(s)
+        return freed
+
+    def _recycle(self, s: Segment) -> bool:
+        if s.live or s.pins or s is self._receiving or s is self._side or (s.used == 0 and s.records == 0):
+            return False
+        s.used = s.records = 0
+        self._free.append(s)
+        return True
+
+    def sparse(self) -> Segment | None:
+        """The segment, the tail apart, of whose used bytes the fewest are live; None where none is under a quarter."""
+        busy = (self._receiving, self._side)
+        full = [s for s in self.segments if s.used and s not in busy and not s.pins and s.live * 4 < s.used]
+        return min(full, key=lambda s: s.live, default=None)
+
+    def view(self, place: int, length: int) -> memoryview:
+        return self._view[place : place + length]
+
+    # residence
+
+    def _warm(self, s: Segment) -> None:
+        if s.warm:
+            return
+        self._memory.madvise(_MADV_POPULATE_WRITE, s.base, self.segment_size)
+        at = self._records_base + s.index * self._slots * records.SIZE
+        start = at // PAGE * PAGE
+        self._memory.madvise(_MADV_POPULATE_WRITE, start, at + self._slots * records.SIZE - start)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory, s.base))
+        _libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(self.segment_size))  # where the limit allows it
+        s.warm = True
+
+    def warm_next(self) -> bool:
+        """Make one more segment resident, ahead of its use; for a helper thread, without the lock. False: all are."""
+        cold = next((s for s in self.segments if not s.warm), None)
+        if cold is None:
+            return False
+        self._warm(cold)
+        return True
+
+    def _zero_records(self, s: Segment) -> None:
+        at = self._records_base + s.index * self._slots * records.SIZE
+        self._view[at : at + self._slots * records.SIZE] = bytes(self._slots * records.SIZE)
+
+    # reading it back
+
+    def scan(self) -> Iterator[records.Record]:
+        """Every record that stands in the log, in order of sequence."""
+        found = []
+        for s in self.segments:
+            base = self._records_base + s.index * self._slots * records.SIZE
+            for i in range(self._slots):
+                record = records.unpack(self._view[base + i * records.SIZE : base + (i + 1) * records.SIZE])
+                if record is None:
+                    break
+                found.append(record)
+        found.sort(key=lambda r: r.sequence)
+        return iter(found)
+
+    def close(self) -> None:
+        self.tail.release()
+        os.close(self.fd)
