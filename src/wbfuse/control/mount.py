@@ -27,11 +27,14 @@ from wbfuse.store.shaped import Shape, shaped
 from wbfuse.wire.negotiate import PAGE
 from wbfuse.writeback.cache import WritebackCache
 from wbfuse.writeback.engine import Engine
+from wbfuse.writeback.limits import MAX_PAUSE
 
 log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 _READ_AHEAD_KB = 4096
+_LEAST_SHARE, _FIRST_SHARE = 2 * MIB, 4 * MIB
+"""What the kernel may hold of a slow store, and of one that has not been measured."""
 
 
 @dataclass(slots=True)
@@ -115,8 +118,16 @@ class Mount:
         found = find_mount(self.path)
         if found is None:
             return {}
-        share = self._kernel_share() if self.cache is not None else None
-        return tune_bdi(found.device, _READ_AHEAD_KB, share)
+        if self.engine is None:
+            return tune_bdi(found.device, _READ_AHEAD_KB)
+        self._device = found.device
+        self.engine.on_bandwidth = self._fit_kernel_share
+        return tune_bdi(found.device, _READ_AHEAD_KB, _FIRST_SHARE)
+
+    def _fit_kernel_share(self, bandwidth: float) -> None:
+        """Let the kernel hold what the store takes in a fifth of a second: a write(2) may have to wait for all of it."""
+        share = max(_LEAST_SHARE, min(self._kernel_share(), int(bandwidth * MAX_PAUSE)))
+        self.tuned |= tune_bdi(self._device, max_bytes=share)
 
     # ending
 

@@ -63,7 +63,9 @@ class CachedFileSystem(StoreFileSystem):
         if kernel_writeback:
             # Sizes and times are the kernel's own now: AUTO_INVAL_DATA would do nothing.
             self.capabilities = StoreFileSystem.capabilities & ~Cap.AUTO_INVAL_DATA | Cap.WRITEBACK_CACHE
-        self.receive_target = cache.receive_target  # type: ignore[method-assign]
+
+    def receive_target(self) -> memoryview:
+        return self.cache.receive_target()
 
     def destroy(self) -> None:
         self.engine.stop()

@@ -288,7 +288,7 @@ class StoreFileSystem(FileSystem):
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
         if write_flags & WRITE_KILL_SUIDGID:
             self._kill_suid(ino)
-        self.store.write(ino, offset, (data,))
+        self.store.write(ino, offset, data)
         handle = self.handles.get(fh)
         if handle is not None:
             handle.written = True

@@ -180,7 +180,7 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def write(self, ino: int, offset: int, buffers: Sequence[Buffer]) -> None:
+    def write(self, ino: int, offset: int, data: Buffer) -> None:
         """Write-through: all bytes, or an error."""
 
     @abstractmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -99,11 +99,11 @@ class ShapedStore:
             self._carry(len(buffer))
         return self._store.read(ino, offset, buffer, nowait)
 
-    def write(self, ino: int, offset: int, buffers: Sequence[Buffer]) -> None:
-        size = sum(map(len, buffers))
-        self._carry(size)
-        self._store.write(ino, offset, buffers)
-        self._written(size)
+    def write(self, ino: int, offset: int, data: Buffer) -> None:
+        if self._shape.slow:
+            self._carry(len(data))
+        self._store.write(ino, offset, data)
+        self._written(len(data))
 
     def commit(self, round_: Round, progress: Progress) -> None:
         def carried(size: int) -> None:

@@ -100,7 +100,7 @@ class WritebackCache:
         reserve = min(kernel_dirty + max_write, self.log.size // 2) + 2 * self.log.segment_size
         limit = max(self.log.size - reserve, self.log.size // 4)
         self.limits = Limits(limit // 4, limit)
-        self.seal_bytes = max(max_write, min(64 * MIB, limit // 8))
+        self.seal_bytes = max(max_write, min(64 * MIB, limit // 16))
         self.max_file_size = store.capabilities.max_file_size
         self.lock = threading.Lock()
         self.work = threading.Condition(self.lock)
@@ -141,7 +141,7 @@ class WritebackCache:
 
     def _want_room(self) -> None:
         """Held: lock. Have everything written back, and live bytes gathered from mostly dead segments."""
-        if not self._clean():
+        if not self.clean():
             self.work.notify_all()
 
     def adopt(self, ino: int, attr: Attr) -> File:
@@ -406,7 +406,7 @@ class WritebackCache:
 
     # the log's own housekeeping
 
-    def _clean(self) -> bool:
+    def clean(self) -> bool:
         """Held: lock. Copy the live bytes out of a mostly dead segment. Answers whether one became free."""
         s = self.log.sparse()
         if s is None:

@@ -30,18 +30,26 @@ TRANSIENT = frozenset({
 _FIRST_RETRY, _LAST_RETRY = 0.1, 30.0
 _PIECE_SECONDS = 0.1
 _PIECE_LEAST = 256 << 10
+_CLEAN_EVERY = 0.1
+_HEAVY, _HEAVY_ROUNDS = 1 << 20, 2
 _PR_SET_IO_FLUSHER = 57
 
 
 class Engine:
     """Runs a WritebackCache: `start`, later `stop` (which leaves dirty data dirty: drain first)."""
 
-    def __init__(self, cache: WritebackCache, dirty_expire: float, committers: int = 4) -> None:
+    def __init__(self, cache: WritebackCache, dirty_expire: float, committers: int = 8) -> None:
         self.cache = cache
         self.dirty_expire = dirty_expire
         self.bytes_written = 0
         self.writes = 0
         self.rounds = 0
+        self.on_bandwidth: Callable[[float], None] | None = None
+        """Called, from a committer, when the store's measured bandwidth has changed by a third."""
+        self._told = 0.0
+        self._clean_at = 0.0
+        self._heavy = 0
+        """Large rounds under way."""
         self._stopping = False
         self._threads = [
             threading.Thread(target=self._commit_loop, name=f"committer-{i}", daemon=True) for i in range(committers)
@@ -73,16 +81,31 @@ class Engine:
                 cache.dirty.setdefault(ino, failed)
                 cache.dirty.move_to_end(ino, last=False)
                 cache.full[ino] = failed
-        f = _first(cache.urgent) or _first(cache.full)
-        if f is None and cache.dirty:
-            oldest = _first(cache.dirty)
-            over = cache.draining or cache.parked or cache.log.occupied > cache.limits.background
-            if oldest is not None and (over or oldest.core.generations[0].born + self.dirty_expire <= now):
-                f = oldest
+        f = _first(cache.urgent) or self._oldest(now)
         if f is not None:
             for queue in (cache.urgent, cache.full, cache.dirty):
                 queue.pop(f.ino, None)
         return f
+
+    def _oldest(self, now: float) -> File | None:
+        """Held: lock. The file whose oldest generation is the oldest of all that are due and that nobody waits for.
+
+        The oldest first, because a log segment is free only once everything in it is committed. Of heavy rounds
+        only few at once: many would each be slow, and end - and free their segments - all at the same time.
+        """
+        cache = self.cache
+        found = list(cache.full.values())
+        over = cache.draining or cache.parked or cache.log.occupied > cache.limits.background
+        for f in cache.dirty.values():  # in order of age
+            if not (over or _born(f) + self.dirty_expire <= now):
+                break
+            if self._may_start(f):
+                found.append(f)
+                break
+        return min((f for f in found if self._may_start(f)), key=_born, default=None)
+
+    def _may_start(self, f: File) -> bool:
+        return self._heavy < _HEAVY_ROUNDS or f.core.generations[0].extents.bytes < _HEAVY
 
     def _due(self, now: float) -> float | None:
         """Held: lock. Seconds until `_pick` may find something by time alone."""
@@ -114,6 +137,7 @@ class Engine:
                 f.syncing = g is None
                 if g is not None:
                     cache.in_flight_bytes += g.extents.bytes
+                    self._heavy += g.extents.bytes >= _HEAVY
             try:
                 error = self._commit(f, g) if g is not None else self._sync(f)
             except Exception:  # a defect of a store must not end write-back
@@ -164,6 +188,12 @@ class Engine:
                 self.writes += 1
                 cache.limits.bandwidth.progress(cache.clock(), done)
                 cache.paced.notify()
+            value = cache.limits.bandwidth.value
+            changed = cache.limits.bandwidth.measured and abs(value - self._told) > self._told / 3
+            if changed:
+                self._told = value
+        if changed and self.on_bandwidth is not None:
+            self.on_bandwidth(value)
 
     def _finish(self, f: File, g: Generation | None, error: int) -> None:
         """The round of `g` (or, where None, a sync alone) has ended."""
@@ -173,6 +203,7 @@ class Engine:
             f.syncing = False
             if g is not None:
                 cache.in_flight_bytes -= g.extents.bytes
+                self._heavy -= g.extents.bytes >= _HEAVY
                 # A failed sync may have lost committed pages in the store, so its round is written again as well.
                 if f.core.end(error == 0) is not None:
                     cache._release([g])
@@ -240,11 +271,15 @@ class Engine:
                     continue
                 now, occupied = cache.clock(), cache.log.occupied
                 at = limits.ready_at(now, occupied)
+                if at is None and now >= self._clean_at:
+                    self._clean_at = now + _CLEAN_EVERY
+                    if cache.clean():
+                        continue
                 if at is None or at > now:
                     cache.paced.wait(None if at is None else at - now)
                     continue
                 _, size, answer = cache.parked.popleft()
-                limits.sent(now, occupied, size)
+                limits.sent(now, size)
             answer()
         for _, _, answer in list(cache.parked):
             answer()
@@ -252,6 +287,10 @@ class Engine:
     def _warm_loop(self) -> None:
         while not self._stopping and self.cache.log.warm_next():
             pass
+
+
+def _born(f: File) -> float:
+    return f.core.generations[0].born
 
 
 def _first(queue: OrderedDict[int, File]) -> File | None:

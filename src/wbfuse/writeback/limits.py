@@ -14,7 +14,7 @@ from dataclasses import dataclass
 _PERIOD = 0.2
 _AVERAGE = 3.0
 _IDLE = 1.0
-_FIRST = 100e6
+_FIRST = 20e6
 _FLOOR = 64 << 10
 MAX_PAUSE = 0.2
 """Seconds that one reply is held at most while the store advances."""
@@ -41,7 +41,7 @@ class Bandwidth:
         self._bytes += done
         self._last = now
         span = now - self._since
-        if span < _PERIOD:
+        if span < (_PERIOD if self.measured else _PERIOD / 4):
             return
         rate = self._bytes / span
         weight = min(1.0, span / _AVERAGE) if self.measured else 1.0
@@ -61,7 +61,7 @@ class Limits:
         self.freerun = (background + limit) // 2
         self.setpoint = (self.freerun + limit) // 2
         self.bandwidth = Bandwidth()
-        self._next = 0.0
+        self._last, self._owed = 0.0, 0
 
     def position(self, occupied: int) -> float:
         """How much of the store's bandwidth writers may use now: 1 at the setpoint, 0 at the limit, at most 2."""
@@ -69,17 +69,17 @@ class Limits:
         return min(2.0, max(0.0, 1 + x * x * x))
 
     def ready_at(self, now: float, occupied: int) -> float | None:
-        """When the next reply may leave; a time not after `now` means at once, None: not before `occupied` falls."""
+        """When the next reply may leave; a time not after `now` means at once, None: not before `occupied` falls.
+
+        The last reply paid for with its size at the rate that holds now, but never with more than MAX_PAUSE.
+        """
         if occupied < self.freerun:
             return now
         if occupied >= self.limit:
             return None
-        return min(self._next, now + MAX_PAUSE)
-
-    def sent(self, now: float, occupied: int, size: int) -> None:
-        """A reply for `size` bytes leaves at `now`."""
-        if occupied < self.freerun:
-            self._next = now
-            return
         rate = max(self.bandwidth.value * self.position(occupied), _FLOOR)
-        self._next = max(self._next, now - MAX_PAUSE) + size / rate
+        return self._last + min(self._owed / rate, MAX_PAUSE)
+
+    def sent(self, now: float, size: int) -> None:
+        """A reply for `size` bytes leaves at `now`."""
+        self._last, self._owed = now, size

@@ -133,8 +133,13 @@ class DirectoryData:
             done += n
         return done
 
-    def write(self, ino: int, offset: int, buffers: Sequence[Buffer]) -> None:
-        write_all(self.data_fd(ino, write=True).n, offset, buffers)
+    def write(self, ino: int, offset: int, data: Buffer) -> None:
+        fd = self._data.get(ino)
+        if fd is None or not fd.writable:
+            fd = self.data_fd(ino, write=True)
+        done = os.pwrite(fd.n, data, offset)
+        if done != len(data):
+            write_all(fd.n, offset + done, [memoryview(data)[done:]])
 
     def truncate(self, ino: int, size: int) -> None:
         os.ftruncate(self.data_fd(ino, write=True).n, size)

@@ -1,4 +1,4 @@
-"""Descriptors as a cache: at most so many are open, the least recently used go first.
+"""Descriptors as a cache: at most so many are open; one that was not used for a whole round of the clock goes first.
 
 A `Fd` closes itself when the last reference to it goes, so a thread that holds one may use it though the cache has
 let it go. Reopening goes through the nodes; no correctness rests on a descriptor being here.
@@ -15,11 +15,12 @@ from collections.abc import Hashable
 class Fd:
     """An open descriptor `n`."""
 
-    __slots__ = ("lock", "n", "writable")
+    __slots__ = ("lock", "n", "used", "writable")
 
     def __init__(self, n: int, writable: bool = False) -> None:
         self.n = n
         self.writable = writable
+        self.used = True
         self.lock = threading.Lock()
         """Guards the file position, for those few calls that use it (getdents)."""
 
@@ -28,7 +29,10 @@ class Fd:
 
 
 class FdCache:
-    """Key -> Fd, least recently used first out. Lock: `_lock` guards the dict; nothing else is held with it."""
+    """Key -> Fd, evicted by second chance, so that looking one up (for each WRITE) needs no lock.
+
+    Lock: `_lock` guards changes of the dict; nothing else is held with it.
+    """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -36,11 +40,10 @@ class FdCache:
         self._open: OrderedDict[Hashable, Fd] = OrderedDict()
 
     def get(self, key: Hashable) -> Fd | None:
-        with self._lock:
-            fd = self._open.get(key)
-            if fd is not None:
-                self._open.move_to_end(key)
-            return fd
+        fd = self._open.get(key)
+        if fd is not None:
+            fd.used = True
+        return fd
 
     def put(self, key: Hashable, fd: Fd) -> Fd:
         """Keep `fd`; closes what must go for it once nobody uses that any more."""
@@ -49,7 +52,12 @@ class FdCache:
             gone.append(self._open.pop(key, None))
             self._open[key] = fd
             while len(self._open) > self._capacity:
-                gone.append(self._open.popitem(last=False)[1])
+                oldest, other = next(iter(self._open.items()))
+                if other.used and other is not fd:
+                    other.used = False
+                    self._open.move_to_end(oldest)
+                else:
+                    gone.append(self._open.pop(oldest))
         return fd
 
     def discard(self, *keys: Hashable) -> None:
