@@ -61,6 +61,11 @@ def kernel_dirty_share() -> int:
     return int(values["nr_dirty_threshold"]) * PAGE // 100
 
 
+def open_store(spec: Spec) -> Store:
+    """The store that `spec.source` names."""
+    return DirectoryStore(spec.source, spec.read_only)
+
+
 class Mount:
     """A mount that is served by this process. Raises MountError, SourceError or LogError where it cannot be made."""
 
@@ -71,7 +76,7 @@ class Mount:
         self._impatient = threading.Event()
         self.lost = 0
         """Bytes that were given up at the end."""
-        store, self._meter = shaped(DirectoryStore(spec.source, spec.read_only), spec.shape)
+        store, self._meter = shaped(open_store(spec), spec.shape)
         self.cache: WritebackCache | None = None
         self.engine: Engine | None = None
         try:

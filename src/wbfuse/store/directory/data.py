@@ -142,7 +142,8 @@ class DirectoryData:
             write_all(fd.n, offset + done, [memoryview(data)[done:]])
 
     def truncate(self, ino: int, size: int) -> None:
-        os.ftruncate(self.data_fd(ino, write=True).n, size)
+        fd = self.data_fd(ino, write=True)
+        os.ftruncate(fd.n, size)
 
     def commit(self, round_: Round, progress: Progress) -> None:
         fd = self.data_fd(round_.ino, write=True)
@@ -208,11 +209,13 @@ class DirectoryData:
             os.fsync(fd.n)
 
     def fallocate(self, ino: int, mode: int, offset: int, length: int) -> None:
-        syscalls.fallocate(self.data_fd(ino, write=True).n, mode, offset, length)
+        fd = self.data_fd(ino, write=True)
+        syscalls.fallocate(fd.n, mode, offset, length)
 
     def seek(self, ino: int, offset: int, whence: int) -> int:
-        return os.lseek(self.data_fd(ino, write=False).n, offset, whence)
+        fd = self.data_fd(ino, write=False)
+        return os.lseek(fd.n, offset, whence)
 
     def copy_range(self, source: int, offset: int, target: int, target_offset: int, length: int) -> int:
-        into = self.data_fd(target, write=True)
-        return os.copy_file_range(self.data_fd(source, write=False).n, into.n, length, offset, target_offset)
+        into, out = self.data_fd(target, write=True), self.data_fd(source, write=False)
+        return os.copy_file_range(out.n, into.n, length, offset, target_offset)

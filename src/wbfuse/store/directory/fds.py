@@ -1,7 +1,9 @@
 """Descriptors as a cache: at most so many are open; one that was not used for a whole round of the clock goes first.
 
 A `Fd` closes itself when the last reference to it goes, so a thread that holds one may use it though the cache has
-let it go. Reopening goes through the nodes; no correctness rests on a descriptor being here.
+let it go. Hence the rule: keep the Fd in a variable while its number is in use; `dir_fd(x).n` as an argument is a
+descriptor that may be closed, and its number another file's, before the call. (`tests/test_style.py` looks for it.)
+Reopening goes through the nodes; no correctness rests on a descriptor being here.
 """
 
 from __future__ import annotations

@@ -183,7 +183,8 @@ class DirectoryStore(DirectoryData, Store):
         if parent == ROOT_INO and name == PRIVATE:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), name)
         self._check(parent, name)
-        return self._seen(parent, name, self.dir_fd(parent).n, name)
+        at = self.dir_fd(parent)
+        return self._seen(parent, name, at.n, name)
 
     def forget(self, ino: int) -> None:
         if ino == ROOT_INO:
@@ -205,7 +206,8 @@ class DirectoryStore(DirectoryData, Store):
         """Give a new file to who asked for it; a set-group-id directory gives its own group."""
         if not self._privileged:
             return
-        above = os.fstat(self.dir_fd(parent).n)
+        at = self.dir_fd(parent)
+        above = os.fstat(at.n)
         gid = -1 if above.st_mode & stat.S_ISGID else owner.gid
         if name is None:
             mine = os.fstat(fd)
@@ -278,7 +280,8 @@ class DirectoryStore(DirectoryData, Store):
             path = self.open_node(ino, os.O_PATH)
             if node.orphan:
                 # A tmpfile gets its first name: the orphanage's link is moved there, unless the name is taken.
-                syscalls.renameat2(self._orphans().n, node.places[-1][1], at.n, name, RENAME_NOREPLACE)
+                orphans = self._orphans()
+                syscalls.renameat2(orphans.n, node.places[-1][1], at.n, name, RENAME_NOREPLACE)
                 node.orphan, node.places = False, []
             else:
                 os.link(_proc(path), name, dst_dir_fd=at.n, follow_symlinks=True)
@@ -287,8 +290,9 @@ class DirectoryStore(DirectoryData, Store):
     def readlink(self, ino: int) -> bytes:
         node = self._node(ino)
         for parent, name in reversed(list(node.places)):
+            at = self.dir_fd(parent)
             with contextlib.suppress(FileNotFoundError):
-                return os.readlink(name, dir_fd=self.dir_fd(parent).n)
+                return os.readlink(name, dir_fd=at.n)
         raise OSError(errno.ESTALE, "the link is no longer where it was")
 
     # removing and moving
@@ -358,7 +362,8 @@ class DirectoryStore(DirectoryData, Store):
                 syscalls.renameat2(at.n, name, to.n, newname, flags)
             except OSError:
                 if replaces and target is not None:
-                    os.unlink(target.places[-1][1], dir_fd=self._orphans().n)
+                    orphans = self._orphans()
+                    os.unlink(target.places[-1][1], dir_fd=orphans.n)
                     target.orphan, target.places = False, [new]
                 raise
             if same:
@@ -391,7 +396,8 @@ class DirectoryStore(DirectoryData, Store):
                     yield entry
 
     def fsyncdir(self, ino: int) -> None:
-        os.fsync(self.open_node(ino, os.O_RDONLY | os.O_DIRECTORY).n)
+        fd = self.open_node(ino, os.O_RDONLY | os.O_DIRECTORY)
+        os.fsync(fd.n)
 
     # attributes
 
@@ -461,7 +467,8 @@ class DirectoryStore(DirectoryData, Store):
                 return
             if node.orphan:
                 self.forget_data(ino)
-                os.unlink(node.places[-1][1], dir_fd=self._orphans().n)
+                orphans = self._orphans()
+                os.unlink(node.places[-1][1], dir_fd=orphans.n)
                 node.places = []
                 self._nodes.remove(node)
             elif not node.known:

@@ -1,0 +1,76 @@
+"""A store that fails by script, for faults that real ones do not give on demand, and a mount over one.
+
+    python -m wbfuse.testing.faults SCRIPT SOURCE MOUNTPOINT [options of wbfuse mount]
+
+SCRIPT is a JSON file, read again at each call: {"commit": "EIO", "sync": "ENOSPC", "delay": 0.5, "hold": true}.
+A method that it names raises that errno; `delay` sleeps before each commit; `hold` keeps commits waiting until it
+is gone, which is how a test catches a round in flight.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+from wbfuse.cli import mount as command
+from wbfuse.control import mount as control
+from wbfuse.store.contract import Progress, Round, Store
+
+
+class FaultyStore:
+    """Wraps `store`; the script at `path` says what fails now. A missing script is an empty one."""
+
+    def __init__(self, store: Store, path: str) -> None:
+        self._store = store
+        self._path = path
+
+    def _script(self) -> dict[str, Any]:
+        try:
+            with open(self._path, encoding="utf-8") as f:
+                found: dict[str, Any] = json.load(f)
+                return found
+        except FileNotFoundError:
+            return {}
+
+    def _maybe(self, name: str) -> None:
+        error = self._script().get(name)
+        if error is not None:
+            raise OSError(getattr(errno, error), f"by script: {name}")
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._store, name)
+        if not callable(found):
+            return found
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._maybe(name)
+            return found(*args, **kwargs)
+
+        return call
+
+    def commit(self, round_: Round, progress: Progress) -> None:
+        script = self._script()
+        time.sleep(script.get("delay", 0))
+        while self._script().get("hold"):
+            time.sleep(0.005)  # polling is the whole channel to the test, which is another process
+        self._maybe("commit")
+        self._store.commit(round_, progress)
+
+
+def main() -> None:
+    script = sys.argv.pop(1)
+    build: Callable[[control.Spec], Store] = control.open_store
+
+    def faulty(spec: control.Spec) -> Store:
+        return cast(Store, FaultyStore(build(spec), script))
+
+    control.open_store = faulty
+    command.mount.main(prog_name="faults")
+
+
+if __name__ == "__main__":
+    main()

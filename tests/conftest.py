@@ -1,0 +1,108 @@
+"""Fixtures: real mounts, each with its server in a process of its own, taken down whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WBFUSE = str(Path(sys.executable).parent / "wbfuse")
+
+
+def can_mount() -> bool:
+    return os.geteuid() == 0 and os.path.exists("/dev/fuse")
+
+
+needs_mount = pytest.mark.skipif(not can_mount(), reason="mounting needs root and /dev/fuse here")
+
+
+def wbfuse(*words: str, check: bool = False, **more: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line; stdout and stderr are kept."""
+    return subprocess.run([WBFUSE, *words], text=True, capture_output=True, timeout=120, check=check, **more)
+
+
+@dataclass
+class Mounted:
+    """A mount under test: `source` is what the store holds, `path` what applications see."""
+
+    source: Path
+    path: Path
+    pids: list[int] = field(default_factory=list)
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(wbfuse("status", "--json", str(self.path), check=True).stdout)
+        return found
+
+    def umount(self) -> None:
+        done = wbfuse("umount", str(self.path))
+        assert done.returncode == 0, done.stderr
+
+
+def mounted_here(path: Path) -> bool:
+    with open("/proc/self/mounts") as f:
+        return any(line.split(" ")[1] == str(path) for line in f)
+
+
+def force_down(path: Path) -> None:
+    """Remove a mount by any means."""
+    if mounted_here(path):
+        wbfuse("umount", str(path))
+    while mounted_here(path):
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+Mounter = Callable[..., Mounted]
+
+
+@pytest.fixture
+def workdir() -> Iterator[Path]:
+    """A directory that other users can enter, unlike pytest's own."""
+    path = Path(tempfile.mkdtemp(prefix="wbfuse-test-", dir="/var/tmp"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def mounter(workdir: Path) -> Iterator[Mounter]:
+    """mounter(*options, source=None, command=None) -> Mounted."""
+    made: list[Mounted] = []
+
+    def make(*options: str, source: Path | None = None, command: list[str] | None = None) -> Mounted:
+        n = len(made)
+        source = source or workdir / f"source{n}"
+        path = workdir / f"mount{n}"
+        source.mkdir(exist_ok=True)
+        path.mkdir(exist_ok=True)
+        mounted = Mounted(source, path)
+        made.append(mounted)
+        words = command or [WBFUSE, "mount"]
+        log_size = [] if "--log-size" in options or "writethrough" in options[1:2] else ["--log-size", "64MiB"]
+        done = subprocess.run(
+            [*words, str(source), str(path), *options, *log_size],
+            text=True,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return mounted
+
+    yield make
+    left = []
+    for mounted in reversed(made):
+        with contextlib.suppress(AssertionError):
+            force_down(mounted.path)
+        if mounted_here(mounted.path):
+            left.append(mounted.path)
+    assert not left, f"still mounted: {left}"

@@ -1,0 +1,146 @@
+"""FileCache against a byte array, in every interleaving of changes and rounds; what a store holds is a prefix."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from wbfuse.writeback.extents import HOLE
+from wbfuse.writeback.file import STORE, FileCache, Generation, plan
+
+SPACE = 48
+
+
+def apply_round(store: bytearray, g: Generation, log: bytearray) -> bytearray:
+    """What a store does with a round, in the order of its contract."""
+    out = bytearray(store)
+    if g.lowest is not None and g.lowest < len(out):
+        del out[g.lowest :]
+    for piece in plan(g.extents, 8, lambda place, n: memoryview(log)[place : place + n]):
+        data = bytes(piece.length) if piece.buffers is None else b"".join(piece.buffers)
+        assert len(data) == piece.length
+        if piece.offset > len(out):
+            out.extend(bytes(piece.offset - len(out)))
+        out[piece.offset : piece.offset + piece.length] = data
+    del out[g.size :]
+    out.extend(bytes(g.size - len(out)))
+    return out
+
+
+class Machine(RuleBasedStateMachine):
+    """`model` is what an application sees; `history` every state that it has had; `store` what is committed."""
+
+    @initialize(content=st.binary(max_size=SPACE))
+    def start(self, content: bytes) -> None:
+        self.store = bytearray(content)
+        self.model = bytearray(content)
+        self.log = bytearray()
+        self.live: set[int] = set()
+        self.cache = FileCache(1, len(content), 0, seal_bytes=24)
+        self.now = 0.0
+        self.sequence = 0
+        self.history: list[bytes] = [bytes(content)]
+        self.at_generation: dict[int, int] = {0: 0}
+        self.committed = 0
+
+    def _changed(self, dropped: list[tuple[int, int]]) -> None:
+        for place, n in dropped:
+            gone = set(range(place, place + n))
+            assert gone <= self.live
+            self.live -= gone
+        self.now += 1
+        self.history.append(bytes(self.model))
+        self.at_generation[self.cache.generations[-1].number] = len(self.history) - 1
+
+    @rule(start=st.integers(0, SPACE), data=st.binary(min_size=1, max_size=16))
+    def write(self, start: int, data: bytes) -> None:
+        place = len(self.log)
+        self.log += data
+        self.live |= set(range(place, place + len(data)))
+        self.sequence += 1
+        if start > len(self.model):
+            self.model.extend(bytes(start - len(self.model)))
+        self.model[start : start + len(data)] = data
+        self._changed(self.cache.write(start, start + len(data), place, self.now, self.sequence))
+
+    @rule(size=st.integers(0, SPACE))
+    def truncate(self, size: int) -> None:
+        self.sequence += 1
+        del self.model[size:]
+        self.model.extend(bytes(size - len(self.model)))
+        self._changed(self.cache.truncate(size, self.now, self.sequence, 0))
+
+    @rule(start=st.integers(0, SPACE), length=st.integers(1, 16), grow=st.booleans())
+    def punch(self, start: int, length: int, grow: bool) -> None:
+        self.sequence += 1
+        end = start + length
+        if grow:
+            self.model.extend(bytes(max(0, end - len(self.model))))
+        stop = min(end, len(self.model))
+        if start < stop:
+            self.model[start:stop] = bytes(stop - start)
+        self._changed(self.cache.zero(start, end, grow, self.now, self.sequence, 0))
+
+    @rule()
+    def seal(self) -> None:
+        self.cache.seal()
+
+    @precondition(lambda self: not self.cache.in_flight)
+    @rule()
+    def round_begins(self) -> None:
+        g = self.cache.begin()
+        assert (g is None) == (not self.cache.generations or not self.cache.generations[0].sealed)
+
+    @precondition(lambda self: self.cache.in_flight)
+    @rule()
+    def round_ends_well(self) -> None:
+        g = self.cache.generations[0]
+        self.store = apply_round(self.store, g, self.log)
+        assert self.cache.end(True) is g
+        for place, n in g.extents.places():
+            self.live -= set(range(place, place + n))
+        self.committed = g.number
+        assert bytes(self.store) == self.history[self.at_generation[g.number]], "the store is not a prefix"
+
+    @precondition(lambda self: self.cache.in_flight)
+    @rule(applied=st.booleans())
+    def round_ends_ill(self, applied: bool) -> None:
+        """It failed; the store may have taken it all the same, and will be given it again."""
+        if applied:
+            self.store = apply_round(self.store, self.cache.generations[0], self.log)
+        self.cache.end(False)
+
+    @invariant()
+    def reads_are_the_model(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        assert self.cache.size == len(self.model)
+        out = bytearray()
+        for start, end, place in self.cache.resolve(0, SPACE * 2):
+            assert start == len(out)
+            if place == STORE:
+                part = self.store[start:end]
+                out += part + bytes(end - start - len(part))
+            else:
+                out += bytes(end - start) if place == HOLE else self.log[place : place + end - start]
+        assert out == self.model
+
+    @invariant()
+    def log_bytes_are_counted(self) -> None:
+        if hasattr(self, "cache"):
+            assert self.cache.dirty_bytes == len(self.live)
+
+
+Machine.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestFileCache = Machine.TestCase
+
+
+def test_pieces_join_neighbours_and_respect_the_piece_size() -> None:
+    cache = FileCache(1, 0, 0, 1 << 20)
+    log = bytearray(range(200))
+    for i in range(10):
+        cache.write(i * 10, i * 10 + 10, 190 - i * 10, 0.0, i)
+    g = cache.generations[0]
+    pieces = plan(g.extents, 40, lambda place, n: memoryview(log)[place : place + n])
+    assert [(p.offset, p.length) for p in pieces] == [(0, 40), (40, 40), (80, 20)]
