@@ -2,8 +2,8 @@
 
     python -m wbfuse.testing.faults SCRIPT SOURCE MOUNTPOINT [options of wbfuse mount]
 
-SCRIPT is a JSON file, read again at each call: {"commit": "EIO", "sync": "ENOSPC", "delay": 0.5, "hold": true}.
-A method that it names raises that errno; `delay` sleeps before each commit; `hold` keeps commits waiting until it
+SCRIPT is a JSON file, read again at each call: {"commit": "EIO", "sync": "ENOSPC", "delay": 0.5, "stall": true}.
+A method that it names raises that errno; `delay` sleeps before each commit; `stall` keeps commits waiting until it
 is gone, which is how a test catches a round in flight.
 """
 
@@ -55,7 +55,7 @@ class FaultyStore:
     def commit(self, round_: Round, progress: Progress) -> None:
         script = self._script()
         time.sleep(script.get("delay", 0))
-        while self._script().get("hold"):
+        while self._script().get("stall"):
             time.sleep(0.005)  # polling is the whole channel to the test, which is another process
         self._maybe("commit")
         self._store.commit(round_, progress)

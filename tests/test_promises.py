@@ -1,0 +1,406 @@
+"""The fourteen promises of the 2012 patches, each by name, on real mounts. The store is looked at from below."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Mounted, Mounter, needs_mount, wbfuse
+
+pytestmark = needs_mount
+MIB = 1 << 20
+BACKGROUND = ("--on-close", "background")
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 20.0) -> bool:
+    """Poll for a state of another process; False after `seconds`."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if true():
+            return True
+        time.sleep(0.02)  # the state is another process's: nothing to wait on
+    return False
+
+
+@pytest.fixture
+def faulty(mounter: Mounter, workdir: Path) -> tuple[Mounter, Callable[[dict[str, object]], None]]:
+    """(mounter of stores that fail by script, set_script)."""
+    script = workdir / "script.json"
+
+    def set_script(what: dict[str, object]) -> None:
+        new = script.with_suffix(".new")
+        new.write_text(json.dumps(what))
+        new.rename(script)
+
+    def make(*options: str, **more: object) -> Mounted:
+        return mounter(*options, command=[sys.executable, "-m", "wbfuse.testing.faults", str(script)], **more)
+
+    set_script({})
+    return make, set_script
+
+
+def test_01_a_write_after_release_lands(mounter: Mounter) -> None:
+    """A shared mapping outlives its descriptor: its pages are written through the inode, not the handle."""
+    import mmap
+
+    m = mounter(*BACKGROUND)
+    fd = os.open(m.path / "a", os.O_CREAT | os.O_RDWR)
+    os.ftruncate(fd, 8192)
+    mapping = mmap.mmap(fd, 8192)
+    os.close(fd)
+    mapping[4000:4200] = b"m" * 200
+    mapping.close()
+    m.umount()
+    assert (m.source / "a").read_bytes() == bytes(4000) + b"m" * 200 + bytes(3992)
+
+
+def test_02_a_write_only_file_is_read_to_change_part_of_a_page(mounter: Mounter) -> None:
+    m = mounter()
+    (m.source / "a").write_bytes(b"x" * 10000)
+    fd = os.open(m.path / "a", os.O_WRONLY)
+    os.pwrite(fd, b"yy", 5000)
+    os.close(fd)
+    assert (m.source / "a").read_bytes() == b"x" * 5000 + b"yy" + b"x" * 4998
+
+
+def test_03_a_short_read_is_a_hole_and_not_a_shrunken_file(mounter: Mounter) -> None:
+    m = mounter(*BACKGROUND)
+    fd = os.open(m.path / "a", os.O_CREAT | os.O_RDWR)
+    os.pwrite(fd, b"start", 0)
+    os.ftruncate(fd, 3 * MIB)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    assert os.pread(fd, 100, MIB) == bytes(100)
+    assert os.fstat(fd).st_size == 3 * MIB
+    os.close(fd)
+
+
+def test_04_small_writes_leave_in_large_pieces(mounter: Mounter) -> None:
+    m = mounter("--log-size", "512MiB")
+    block = os.urandom(4096)
+    with open(m.path / "a", "wb", buffering=0) as f:
+        for _ in range(64 * MIB // 4096):
+            f.write(block)
+    store = m.status()["store"]
+    assert store["bytes_written"] == 64 * MIB
+    assert store["bytes_written"] / store["writes"] >= 2 * MIB
+    assert (m.source / "a").read_bytes() == block * (64 * MIB // 4096)
+
+
+@pytest.mark.parametrize("cache", ["writeback", "writethrough", "off"])
+def test_05_only_the_option_turns_the_kernels_write_back_on(mounter: Mounter, cache: str) -> None:
+    m = mounter("--kernel-cache", cache)
+    assert ("WRITEBACK_CACHE" in m.status()["negotiated"]["capabilities"]) == (cache == "writeback")
+
+
+def test_06_the_kernel_owns_the_size_and_asks_nobody_while_it_writes(mounter: Mounter) -> None:
+    m = mounter(*BACKGROUND)
+    with open(m.path / "a", "wb", buffering=0) as f:
+        before = m.status()["requests"].get("GETATTR", 0)
+        for i in range(2000):
+            f.write(b"x" * 1000)
+            assert os.fstat(f.fileno()).st_size == (i + 1) * 1000
+        asked = m.status()["requests"].get("GETATTR", 0) - before
+    assert asked < 100
+    assert (m.path / "a").stat().st_size == 2_000_000
+
+
+def test_07_times_are_kept_exactly_and_with_their_data(mounter: Mounter) -> None:
+    m = mounter()
+    with open(m.path / "a", "wb") as f:
+        f.write(b"data")
+    seen = (m.path / "a").stat().st_mtime_ns
+    assert (m.source / "a").stat().st_mtime_ns == seen
+    os.utime(m.path / "a", ns=(1_000_000_001, 2_000_000_003))
+    m.umount()
+    assert (m.source / "a").stat().st_mtime_ns == 2_000_000_003
+    again = mounter(source=m.source)
+    assert (again.path / "a").stat().st_mtime_ns == 2_000_000_003
+
+
+def test_08_close_makes_the_file_durable_in_the_store(mounter: Mounter) -> None:
+    m = mounter()
+    data = os.urandom(5 * MIB + 123)
+    (m.path / "a").write_bytes(data)
+    assert (m.source / "a").read_bytes() == data
+    assert m.status()["dirty_bytes"] == 0
+
+
+def test_08_close_in_the_background_returns_at_once(faulty: tuple[Mounter, Callable[[dict[str, object]], None]]) -> None:
+    make, script = faulty
+    m = make(*BACKGROUND)
+    script({"stall": True})
+    (m.path / "a").write_bytes(b"not yet")  # would wait for ever if close waited
+    assert (m.source / "a").read_bytes() == b""
+    assert (m.path / "a").read_bytes() == b"not yet"
+    script({})
+    m.umount()
+    assert (m.source / "a").read_bytes() == b"not yet"
+
+
+def test_09_single_bytes_across_page_and_block_edges(mounter: Mounter) -> None:
+    m = mounter()
+    model = bytearray(os.urandom(3 * MIB))
+    (m.path / "a").write_bytes(model)
+    fd = os.open(m.path / "a", os.O_WRONLY)
+    for edge in (0, 4096, 65536, MIB, 2 * MIB, 3 * MIB):
+        for at in (edge - 1, edge, edge + 1):
+            if 0 <= at:
+                os.pwrite(fd, b"!", at)
+                model.extend(bytes(max(0, at + 1 - len(model))))
+                model[at] = ord("!")
+    os.close(fd)
+    assert (m.source / "a").read_bytes() == model
+    assert (m.path / "a").read_bytes() == model
+
+
+def test_10_a_rewrite_during_write_back_neither_waits_nor_is_overtaken(
+    faulty: tuple[Mounter, Callable[[dict[str, object]], None]],
+) -> None:
+    make, script = faulty
+    m = make(*BACKGROUND, "--kernel-cache", "off", "--dirty-expire", "10ms")
+    fd = os.open(m.path / "a", os.O_CREAT | os.O_RDWR)
+    script({"stall": True})
+    for n in range(5):
+        os.pwrite(fd, bytes([n]) * 8192, 0)
+        assert wait_until(lambda: m.status()["writeback_bytes"] > 0)
+        assert os.pread(fd, 8192, 0) == bytes([n]) * 8192
+    os.pwrite(fd, b"last", 100)
+    script({})
+    os.fsync(fd)
+    os.close(fd)
+    assert (m.source / "a").read_bytes() == b"\x04" * 100 + b"last" + b"\x04" * 8088
+
+
+def test_11_a_failing_store_is_reported_once_to_each_open_file_and_nothing_is_lost(
+    faulty: tuple[Mounter, Callable[[dict[str, object]], None]],
+) -> None:
+    make, script = faulty
+    m = make(*BACKGROUND)
+    a = os.open(m.path / "a", os.O_CREAT | os.O_RDWR)
+    b = os.open(m.path / "a", os.O_RDWR)
+    os.pwrite(a, b"precious", 0)
+    script({"commit": "EIO"})
+    with pytest.raises(OSError, match="Input/output"):
+        os.fsync(a)
+    script({})
+    with pytest.raises(OSError, match="Input/output"):
+        os.fsync(b)
+    os.fsync(a)
+    os.fsync(b)
+    os.close(a)
+    os.close(b)
+    assert (m.source / "a").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EROFS"])
+def test_11_close_waits_and_reports_the_errno_of_the_store(
+    faulty: tuple[Mounter, Callable[[dict[str, object]], None]], code: str
+) -> None:
+    make, script = faulty
+    m = make()
+    fd = os.open(m.path / "a", os.O_CREAT | os.O_RDWR)
+    os.pwrite(fd, b"precious", 0)
+    script({"commit": code})
+    with pytest.raises(OSError, match=os.strerror(getattr(errno, code))):
+        os.close(fd)
+    assert m.status()["last_error"]
+    script({})
+    assert wbfuse("sync", str(m.path)).returncode == 0
+    assert (m.source / "a").read_bytes() == b"precious"
+
+
+def test_11_errors_that_pass_are_waited_out(faulty: tuple[Mounter, Callable[[dict[str, object]], None]]) -> None:
+    make, script = faulty
+    m = make(*BACKGROUND)
+    fd = os.open(m.path / "a", os.O_CREAT | os.O_RDWR)
+    os.pwrite(fd, b"patience", 0)
+    script({"commit": "ETIMEDOUT"})
+    result: list[object] = []
+
+    def sync() -> None:
+        try:
+            os.fsync(fd)
+            result.append("durable")
+        except OSError as e:
+            result.append(e)
+
+    thread = threading.Thread(target=sync)
+    thread.start()
+    assert wait_until(lambda: m.status()["failing_files"] == 1)
+    script({})
+    thread.join(30)
+    assert result == ["durable"]
+    os.close(fd)
+
+
+def test_12_direct_and_cached_writes_keep_their_order(mounter: Mounter) -> None:
+    import mmap
+
+    m = mounter(*BACKGROUND)
+    cached = os.open(m.path / "a", os.O_CREAT | os.O_RDWR)
+    direct = os.open(m.path / "a", os.O_RDWR | os.O_DIRECT)
+    page = mmap.mmap(-1, 4096)
+    for n in range(60):
+        os.pwrite(cached, bytes([n]) * 4096, 0)
+        page[:] = bytes([n + 100]) * 4096
+        os.pwritev(direct, [page], 0)
+        assert os.pread(cached, 4096, 0) == bytes([n + 100]) * 4096
+        os.pwrite(cached, bytes([n]) * 10, 20)
+        os.preadv(direct, [page], 0)
+        assert page[20:30] == bytes([n]) * 10
+    os.close(cached)
+    os.close(direct)
+    m.umount()
+    assert (m.source / "a").read_bytes() == bytes([159]) * 20 + bytes([59]) * 10 + bytes([159]) * 4066
+
+
+def test_14_memory_is_bounded_and_readers_do_not_starve(mounter: Mounter) -> None:
+    m = mounter("--bwlimit", "20MB/s", *BACKGROUND)
+    (m.source / "other").write_bytes(b"read me")
+    size = 120 * MIB
+    done = threading.Event()
+
+    def fill() -> None:
+        with open(m.path / "a", "wb", buffering=0) as f:
+            for _ in range(size // MIB):
+                f.write(bytes(MIB))
+        done.set()
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    most, reads, throttled = 0, 0, False
+    while not done.is_set():
+        state = m.status()
+        most = max(most, state["log"]["used"])
+        throttled |= state["parked_writes"] > 0
+        assert (m.path / "other").read_bytes() == b"read me"
+        assert "a" in os.listdir(m.path)
+        reads += 1
+    thread.join()
+    assert most <= m.status()["log"]["size"]
+    assert throttled
+    assert reads > 5
+
+
+def test_14_a_full_store_refuses_direct_writes_and_keeps_cached_ones(workdir: Path, mounter: Mounter) -> None:
+    small = workdir / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(small)], check=True)
+    try:
+        m = mounter(*BACKGROUND, source=small)
+        fd = os.open(m.path / "a", os.O_CREAT | os.O_RDWR)
+        (m.source / "filler").write_bytes(bytes(4 * MIB))
+        data = os.urandom(6 * MIB)
+        os.pwrite(fd, data, 0)
+        with pytest.raises(OSError, match="No space left"):
+            os.fsync(fd)
+        direct = os.open(m.path / "a", os.O_RDWR | os.O_DIRECT)
+        import mmap
+
+        page = mmap.mmap(-1, 4096)
+        with pytest.raises(OSError, match="No space left"):
+            os.pwritev(direct, [page], 6 * MIB)
+        os.close(direct)
+        assert os.pread(fd, len(data), 0) == data
+        (m.source / "filler").unlink()
+        os.fsync(fd)
+        os.close(fd)
+        assert (m.source / "a").read_bytes() == data
+        m.umount()
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def test_size_extension_and_allocation_do_not_race(mounter: Mounter) -> None:
+    """Also promised there: fallocate against growing writes never cuts what was written."""
+    m = mounter(*BACKGROUND)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    fd = os.open(m.path / "a", os.O_CREAT | os.O_RDWR)
+    stop = threading.Event()
+
+    def allocate() -> None:
+        while not stop.is_set():
+            assert libc.fallocate(fd, 0, 0, 100_000) == 0
+
+    thread = threading.Thread(target=allocate)
+    thread.start()
+    for i in range(300):
+        os.pwrite(fd, bytes([i % 251 + 1]) * 1000, i * 1000)
+    stop.set()
+    thread.join()
+    os.close(fd)
+    m.umount()
+    found = (m.source / "a").read_bytes()
+    assert found == b"".join(bytes([i % 251 + 1]) * 1000 for i in range(300))
+
+
+def test_seek_data_sees_what_the_kernel_has_not_handed_over(mounter: Mounter) -> None:
+    """`cp --sparse` of a file that was just written must not take dirty pages for holes."""
+    m = mounter(*BACKGROUND)
+    fd = os.open(m.path / "a", os.O_CREAT | os.O_RDWR)
+    os.ftruncate(fd, 4 * MIB)
+    os.pwrite(fd, b"x" * 4096, 2 * MIB)
+    assert os.lseek(fd, 0, os.SEEK_DATA) == 2 * MIB
+    assert os.lseek(fd, 2 * MIB, os.SEEK_HOLE) == 2 * MIB + 4096
+    subprocess.run(["cp", "--sparse=always", m.path / "a", m.path / "b"], check=True)
+    assert (m.path / "b").read_bytes() == bytes(2 * MIB) + b"x" * 4096 + bytes(2 * MIB - 4096)
+    os.close(fd)
+
+
+def test_unlink_of_a_dirty_file_drops_its_data(faulty: tuple[Mounter, Callable[[dict[str, object]], None]]) -> None:
+    make, script = faulty
+    m = make(*BACKGROUND)
+    script({"stall": True})
+    (m.path / "a").write_bytes(bytes(8 * MIB))
+    (m.path / "a").unlink()
+    script({})
+    assert wait_until(lambda: m.status()["dirty_bytes"] == 0)
+    m.umount()
+    assert not list(m.source.iterdir())
+
+
+def test_an_interrupted_fsync_ends_at_once_and_loses_nothing(
+    faulty: tuple[Mounter, Callable[[dict[str, object]], None]],
+) -> None:
+    make, script = faulty
+    m = make(*BACKGROUND)
+    script({"stall": True})
+    code = "import os, sys; fd = os.open(sys.argv[1], os.O_CREAT | os.O_RDWR); os.write(fd, b'kept'); print('!', flush=True); os.fsync(fd)"
+    with subprocess.Popen([sys.executable, "-c", code, str(m.path / "a")], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        try:
+            assert wait_until(lambda: m.status()["requests"].get("FSYNC", 0) == 1)
+            child.terminate()
+            child.wait(20)
+        finally:
+            script({})
+    script({})
+    assert wbfuse("sync", str(m.path)).returncode == 0
+    assert (m.source / "a").read_bytes() == b"kept"
+
+
+def test_a_set_user_id_file_loses_the_bit_when_written(mounter: Mounter) -> None:
+    m = mounter()
+    (m.path / "a").write_bytes(b"x")
+    os.chown(m.path / "a", 65534, 65534)
+    os.chmod(m.path / "a", 0o4777)
+    script = "import os; fd = os.open('a', os.O_WRONLY); os.write(fd, b'y'); os.close(fd)"
+    os.chmod(m.source, 0o755)  # noqa: S103 - another user must get in
+    done = subprocess.run(["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "python3", "-c", script], cwd=m.path, check=False)
+    if done.returncode == 0:
+        assert not (m.source / "a").stat().st_mode & stat.S_ISUID
+    else:
+        assert not (m.source / "a").stat().st_mode & stat.S_ISGID
