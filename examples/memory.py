@@ -152,7 +152,9 @@ class Memory(wbfuse.FileSystem):
     def read(self, request: wbfuse.Request, fh: int, offset: int, size: int, flags: int) -> bytes:
         return bytes(self.nodes[request.nodeid].data[offset : offset + size])
 
-    def write(self, request: wbfuse.Request, fh: int, offset: int, data: memoryview, write_flags: int, flags: int) -> int:
+    def write(
+        self, request: wbfuse.Request, fh: int, offset: int, data: memoryview, write_flags: int, flags: int
+    ) -> int:
         node = self.nodes[request.nodeid]
         if offset > len(node.data):
             node.data.extend(bytes(offset - len(node.data)))

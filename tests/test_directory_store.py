@@ -80,7 +80,8 @@ def test_the_private_directory_is_not_there(store: DirectoryStore) -> None:
 def test_orphans_of_a_store_that_died_are_removed(source: Path) -> None:
     script = (
         "import os, sys; from wbfuse.store.directory import DirectoryStore; from wbfuse.testing.store import ME\n"
-        "s = DirectoryStore(sys.argv[1]); i, _ = s.create(1, b'a', 0o644, ME); s.hold(i); s.unlink(1, b'a'); os._exit(0)"
+        "s = DirectoryStore(sys.argv[1]); i, _ = s.create(1, b'a', 0o644, ME); s.hold(i);"
+        "s.unlink(1, b'a'); os._exit(0)"
     )
     subprocess.run([sys.executable, "-c", script, str(source)], check=True)
     assert len(list((source / ".wbfuse/orphans").iterdir())) == 1

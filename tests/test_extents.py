@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,7 +43,7 @@ def test_map_holds_what_was_written_last_and_accounts_for_every_byte(steps: list
         assert m.bytes == len(live)
         extents = list(m)
         assert all(s < e for s, e, _ in extents)
-        assert all(a[1] <= b[0] for a, b in zip(extents, extents[1:], strict=False))
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(extents))
 
 
 @given(st.lists(STEP, max_size=30), st.integers(0, SPACE), st.integers(0, SPACE))

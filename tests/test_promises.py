@@ -89,8 +89,7 @@ def test_04_small_writes_leave_in_large_pieces(mounter: Mounter) -> None:
     m = mounter("--log-size", "512MiB")
     block = os.urandom(4096)
     with open(m.path / "a", "wb", buffering=0) as f:
-        for _ in range(64 * MIB // 4096):
-            f.write(block)
+        f.writelines(block for _ in range(64 * MIB // 4096))
     store = m.status()["store"]
     assert store["bytes_written"] == 64 * MIB
     assert store["bytes_written"] / store["writes"] >= 2 * MIB
@@ -136,7 +135,9 @@ def test_08_close_makes_the_file_durable_in_the_store(mounter: Mounter) -> None:
     assert m.status()["dirty_bytes"] == 0
 
 
-def test_08_close_in_the_background_returns_at_once(faulty: tuple[Mounter, Callable[[dict[str, object]], None]]) -> None:
+def test_08_close_in_the_background_returns_at_once(
+    faulty: tuple[Mounter, Callable[[dict[str, object]], None]],
+) -> None:
     make, script = faulty
     m = make(*BACKGROUND)
     script({"stall": True})
@@ -155,7 +156,7 @@ def test_09_single_bytes_across_page_and_block_edges(mounter: Mounter) -> None:
     fd = os.open(m.path / "a", os.O_WRONLY)
     for edge in (0, 4096, 65536, MIB, 2 * MIB, 3 * MIB):
         for at in (edge - 1, edge, edge + 1):
-            if 0 <= at:
+            if at >= 0:
                 os.pwrite(fd, b"!", at)
                 model.extend(bytes(max(0, at + 1 - len(model))))
                 model[at] = ord("!")
@@ -273,8 +274,7 @@ def test_14_memory_is_bounded_and_readers_do_not_starve(mounter: Mounter) -> Non
 
     def fill() -> None:
         with open(m.path / "a", "wb", buffering=0) as f:
-            for _ in range(size // MIB):
-                f.write(bytes(MIB))
+            f.writelines(bytes(MIB) for _ in range(size // MIB))
         done.set()
 
     thread = threading.Thread(target=fill)
@@ -377,7 +377,10 @@ def test_an_interrupted_fsync_ends_at_once_and_loses_nothing(
     make, script = faulty
     m = make(*BACKGROUND)
     script({"stall": True})
-    code = "import os, sys; fd = os.open(sys.argv[1], os.O_CREAT | os.O_RDWR); os.write(fd, b'kept'); print('!', flush=True); os.fsync(fd)"
+    code = (
+        "import os, sys; fd = os.open(sys.argv[1], os.O_CREAT | os.O_RDWR);"
+        "os.write(fd, b'kept'); print('!', flush=True); os.fsync(fd)"
+    )
     with subprocess.Popen([sys.executable, "-c", code, str(m.path / "a")], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         child.stdout.readline()
@@ -398,8 +401,12 @@ def test_a_set_user_id_file_loses_the_bit_when_written(mounter: Mounter) -> None
     os.chown(m.path / "a", 65534, 65534)
     os.chmod(m.path / "a", 0o4777)
     script = "import os; fd = os.open('a', os.O_WRONLY); os.write(fd, b'y'); os.close(fd)"
-    os.chmod(m.source, 0o755)  # noqa: S103 - another user must get in
-    done = subprocess.run(["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "python3", "-c", script], cwd=m.path, check=False)
+    os.chmod(m.source, 0o755)
+    done = subprocess.run(
+        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "python3", "-c", script],
+        cwd=m.path,
+        check=False,
+    )
     if done.returncode == 0:
         assert not (m.source / "a").stat().st_mode & stat.S_ISUID
     else:

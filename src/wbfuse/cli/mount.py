@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
@@ -19,24 +18,14 @@ from wbfuse.control.paths import ControlError, log_path, make_runtime_dir
 from wbfuse.session.mount import MountError, check_mountpoint
 from wbfuse.store.directory.store import SourceError
 from wbfuse.store.shaped import Shape
-from wbfuse.writeback.log import LogError
+from wbfuse.writeback.log import LogError, free_memory
 
 KNOWN = (MountError, SourceError, LogError, ControlError, PolicyError)
 
 
 def default_log_size() -> int:
-    """The least of 1 GiB and a quarter of what memory and the memory cgroup leave, in whole MiB; at least 64 MiB."""
-    with open("/proc/meminfo", encoding="ascii") as f:
-        info = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in f}
-    free = [info["MemAvailable"]]
-    pairs = (
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    )
-    for limit, used in pairs:
-        with contextlib.suppress(OSError, ValueError), open(limit) as a, open(used) as b:
-            free.append(int(a.read()) - int(b.read()))
-    return max(64 * MIB, min(1 << 30, min(free) // 4) // MIB * MIB)
+    """The least of 1 GiB and a quarter of the memory that is free here, in whole MiB; at least 64 MiB."""
+    return max(64 * MIB, min(1 << 30, free_memory() // 4) // MIB * MIB)
 
 
 @click.command()

@@ -130,7 +130,7 @@ class Mount:
         return tune_bdi(found.device, _READ_AHEAD_KB, _FIRST_SHARE)
 
     def _fit_kernel_share(self, bandwidth: float) -> None:
-        """Let the kernel hold what the store takes in a fifth of a second: a write(2) may have to wait for all of it."""
+        """Let the kernel hold what the store takes in a fifth of a second: a write(2) may have to wait for it all."""
         share = max(_LEAST_SHARE, min(self._kernel_share(), int(bandwidth * MAX_PAUSE)))
         self.tuned |= tune_bdi(self._device, max_bytes=share)
 

@@ -1,1 +1,1 @@
-"""What the tree is: the interface that a file system implements, its dispatch, and the cached file system over a store."""
+"""What the tree is: the interface of a file system, its dispatch, and the cached file system over a store."""

@@ -87,7 +87,8 @@ def check_mountpoint(mountpoint: str) -> str:
                     f"{path}: a mount whose server has died is still there; remove it with: wbfuse umount {path}"
                 ) from e
         raise MountError(
-            f"{path}: already a mount point of {covered.source} ({covered.fstype}); unmount it with: wbfuse umount {path}"
+            f"{path}: already a mount point of {covered.source} ({covered.fstype});"
+            f" unmount it with: wbfuse umount {path}"
         )
     try:
         mode = os.stat(path).st_mode

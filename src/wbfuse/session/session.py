@@ -216,7 +216,7 @@ class Session:
             request.blocking = True
             copy = memoryview(bytes(data))
             self.pool.submit(partial(self._serve_write, request, fh, offset, copy, write_flags, flags))
-        except Exception as e:
+        except Exception as e:  # noqa: BLE001 - `_failed` logs what is not an answer; the mount must live on
             self._failed(request, Opcode.WRITE, e)
         else:
             if not isinstance(done, Parked):
@@ -236,7 +236,7 @@ class Session:
         except WouldBlock:
             request.blocking = True
             self._where_it_may_block(partial(self._serve_read, request, fields))
-        except Exception as e:
+        except Exception as e:  # noqa: BLE001 - `_failed` logs what is not an answer; the mount must live on
             self._failed(request, Opcode.READ, e)
         else:
             if data is not PARKED:
@@ -305,11 +305,11 @@ class Session:
         except WouldBlock:
             request.blocking = True
             self._where_it_may_block(partial(self._serve, route, request, body))
-        except Exception as e:
+        except Exception as e:  # noqa: BLE001 - `_failed` logs what is not an answer; the mount must live on
             self._failed(request, route.op.opcode, e, body, route.silent)
 
     def _failed(self, request: Request, opcode: int, e: Exception, body: object = None, silent: bool = False) -> None:
-        """An OSError is an answer; anything else is a defect: logged with its request, answered EIO, and life goes on."""
+        """An OSError is an answer; anything else is a defect: logged with its request, and answered EIO."""
         if isinstance(e, OSError):
             number = error_number(e)
         else:

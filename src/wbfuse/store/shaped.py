@@ -19,7 +19,7 @@ from wbfuse.wire.types import Dirent
 
 @dataclass(slots=True, frozen=True)
 class Shape:
-    """How slow: `rate` bytes a second both ways, `write_rate` for writes only (None: no limit), `delay` seconds a call."""
+    """How slow: `rate` bytes/s both ways, `write_rate` for writes only (None: no limit), `delay` seconds a call."""
 
     rate: float | None = None
     delay: float = 0.0

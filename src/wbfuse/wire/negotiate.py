@@ -13,6 +13,7 @@ from wbfuse.wire.requests import Init, WireError
 
 PAGE = 4096
 MIB = 1 << 20
+NO_CAPABILITY = Cap(0)
 
 
 @dataclass(slots=True)
@@ -20,7 +21,7 @@ class Wishes:
     """What a file system would like. Sizes in bytes."""
 
     capabilities: Cap
-    required: Cap = Cap(0)
+    required: Cap = NO_CAPABILITY
     """Those without which the mount is refused."""
     max_write: int = MIB
     max_readahead: int = MIB
@@ -58,7 +59,8 @@ def negotiate(offer: Init, wishes: Wishes, max_pages_limit: int = 256) -> Agreem
     """
     if offer.major != MAJOR or offer.minor < OLDEST_MINOR:
         raise WireError(
-            f"the kernel speaks FUSE {offer.major}.{offer.minor}; wbfuse needs {MAJOR}.{OLDEST_MINOR} (Linux 5.4) or newer"
+            f"the kernel speaks FUSE {offer.major}.{offer.minor};"
+            f" wbfuse needs {MAJOR}.{OLDEST_MINOR} (Linux 5.4) or newer"
         )
     offered = Cap(offer.capabilities)
     taken = offered & wishes.capabilities

@@ -16,6 +16,7 @@ Not thread-safe by itself: the cache's lock guards all of it, except `tail`, whi
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -27,6 +28,30 @@ PAGE = mmap.PAGESIZE
 MIB = 1 << 20
 _MADV_POPULATE_WRITE = 23
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def free_memory() -> int:
+    """Bytes that this process may still have: what the machine has available, or less where its cgroup is tighter."""
+    with open("/proc/meminfo", encoding="ascii") as f:
+        info = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in f}
+    with open("/proc/self/cgroup", encoding="ascii") as f:
+        groups = [line.rstrip("\n").split(":", 2) for line in f]
+    free = [info["MemAvailable"]]
+    for _, controllers, path in groups:
+        if controllers == "memory":
+            base = f"/sys/fs/cgroup/memory{path}"
+            limit, used, cache = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        elif controllers == "":
+            base = f"/sys/fs/cgroup{path}"
+            limit, used, cache = "memory.max", "memory.current", "inactive_file"
+        else:
+            continue
+        with contextlib.suppress(OSError, ValueError):  # no such controller here, or "max": no limit
+            with open(f"{base}/memory.stat", encoding="ascii") as f:
+                reclaimable = dict(line.split() for line in f).get(cache, "0")
+            with open(f"{base}/{limit}", encoding="ascii") as a, open(f"{base}/{used}", encoding="ascii") as b:
+                free.append(int(a.read()) - int(b.read()) + int(reclaimable))
+    return min(free)
 
 
 class LogFull(Exception):  # noqa: N818 - a state to wait out, not an error
@@ -75,6 +100,12 @@ class Log:
         self._slots = 2 * self.segment_size // PAGE
         self._records_base = self.size
         total = self.size + count * self._slots * records.SIZE
+        free = free_memory()
+        if total > free:
+            raise LogError(
+                f"a log of {size >> 20} MiB does not fit into memory, of which {max(free, 0) >> 20} MiB are free;"
+                " choose a smaller --log-size"
+            )
         self.fd = os.memfd_create("wbfuse-log", os.MFD_CLOEXEC)
         try:
             os.posix_fallocate(self.fd, 0, total)

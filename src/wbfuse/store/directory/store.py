@@ -4,8 +4,9 @@ Descriptors are a cache (`fds`); a node that has none is found again by its last
 identity is verified: another file in its place is ESTALE. An unlinked file that is open is moved to
 `.wbfuse/orphans/` and removed when it is closed, so it needs no descriptor either. `.wbfuse` itself is not shown.
 
-Locks: `_counts` guards the holds of nodes, for an instant. `names` (re-entrant) guards the node table, and is held over the system calls that move or remove names, so a
-place in the table is right whenever `names` is held. Reads of the table try without it and come back with it.
+Locks: `_counts` guards the holds of nodes, for an instant. `names` (re-entrant) guards the node table, and is held
+over the system calls that move or remove names, so a place in the table is right whenever `names` is held. Reads of
+the table try without it and come back with it.
 """
 
 from __future__ import annotations

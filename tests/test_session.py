@@ -1,0 +1,182 @@
+"""The server by itself: the examples on real mounts, handlers that fail, unknown requests, the wire log, the end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import force_down, mounted_here, needs_mount
+from wbfuse.filesystem.dispatch import pack_dir, pack_dirplus, routes, wishes_of
+from wbfuse.testing import posix
+from wbfuse.wire.constants import Cap, Opcode
+from wbfuse.wire.types import Attr, Dirent, Entry
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+FAILING = """
+import errno, os, stat, sys, time, wbfuse
+class Failing(wbfuse.FileSystem):
+    inline = wbfuse.FileSystem.inline | {"mkdir", "fsync"}
+    def getattr(self, request, fh):
+        return wbfuse.Attr(1, stat.S_IFDIR | 0o755, nlink=2)
+    def lookup(self, request, name):
+        if name == b"defect": raise KeyError("a defect of the handler")
+        if name == b"odd": raise OSError("no errno at all")
+        if name == b"file": return wbfuse.Entry(2, wbfuse.Attr(2, stat.S_IFREG | 0o644))
+        raise OSError(errno.ENOENT, "")
+    def mkdir(self, request, name, mode, umask):
+        if not request.blocking: raise wbfuse.WouldBlock
+        raise OSError(errno.EDQUOT, "only where it may block")
+    def fsync(self, request, fh, datasync):
+        return request.park(lambda: request.fail(errno.EINTR))
+    def statfs(self, request):
+        return "not a Statfs"
+wbfuse.serve(Failing(), sys.argv[1], wbfuse.Options(debug=lambda line: print(line, file=sys.stderr, flush=True)))
+"""
+
+
+class Served:
+    def __init__(self, path: Path, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.path, self.process, self.log = path, process, log
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[object]:
+    made: list[Served] = []
+
+    def start(*words: str) -> Served:
+        path = tmp_path / f"m{len(made)}"
+        path.mkdir()
+        log = tmp_path / f"log{len(made)}"
+        with log.open("wb") as out:
+            process = subprocess.Popen([sys.executable, *words, str(path)], stderr=out)
+        made.append(Served(path, process, log))
+        while not mounted_here(path):
+            assert process.poll() is None, log.read_text()
+        os.stat(path)
+        return made[-1]
+
+    yield start
+    for served in made:
+        force_down(served.path)
+        try:
+            served.process.wait(20)
+        except subprocess.TimeoutExpired:
+            served.process.kill()
+            served.process.wait()
+
+
+@needs_mount
+def test_hello_reads_and_refuses_to_write(serve) -> None:  # type: ignore[no-untyped-def]
+    s = serve(str(EXAMPLES / "hello.py"))
+    assert (s.path / "hello").read_text() == "hello from Python\n"
+    assert os.listdir(s.path) == ["hello"]
+    with pytest.raises(OSError, match="Read-only"):
+        (s.path / "x").touch()
+    subprocess.run(["umount", str(s.path)], check=True)
+    assert s.process.wait(20) == 0
+
+
+@needs_mount
+def test_memory_is_a_file_system(serve) -> None:  # type: ignore[no-untyped-def]
+    s = serve(str(EXAMPLES / "memory.py"))
+    wanted = {
+        "create_exclusive", "mkdir_and_rmdir", "symlinks", "hard_links", "rename_replaces", "unlinked_open_file_lives",
+        "times_to_the_nanosecond", "append_goes_to_the_end", "truncate_cuts_and_grows_with_zeros", "shared_mappings",
+        "listing_a_large_directory_gives_each_name_once", "write_only_files_take_partial_pages",
+    }  # fmt: skip
+    assert wanted <= set(posix.CHECKS)
+    for name in sorted(wanted):
+        posix.run(str(s.path), name)
+
+
+@needs_mount
+def test_ctrl_c_unmounts(serve) -> None:  # type: ignore[no-untyped-def]
+    s = serve(str(EXAMPLES / "memory.py"))
+    s.process.send_signal(signal.SIGINT)
+    assert s.process.wait(20) == 0
+    assert not mounted_here(s.path)
+
+
+@needs_mount
+def test_a_handler_that_fails_is_logged_with_its_request_and_the_mount_lives(serve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    s = serve(str(script))
+    for name, code in (("defect", errno.EIO), ("odd", errno.EIO), ("none", errno.ENOENT)):
+        with pytest.raises(OSError, match=os.strerror(code)) as caught:
+            os.stat(s.path / name)
+        assert caught.value.errno == code
+    with pytest.raises(OSError, match="quota"):
+        os.mkdir(s.path / "d")
+    with pytest.raises(OSError, match="Input/output"):
+        os.statvfs(s.path)
+    assert os.stat(s.path).st_nlink == 2
+    text = s.text()
+    assert "a handler failed: > " in text
+    assert "LOOKUP node=1" in text
+    assert "KeyError: 'a defect of the handler'" in text
+    assert "name=b'defect'" in text
+    assert "EDQUOT" in text
+
+
+@needs_mount
+def test_a_parked_request_is_interrupted_by_a_signal(serve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    s = serve(str(script))
+    code = "import os, sys; fd = os.open(sys.argv[1], os.O_RDWR); print('!', flush=True); os.fsync(fd)"
+    with subprocess.Popen([sys.executable, "-c", code, str(s.path / "file")], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        while "FSYNC" not in s.text():
+            assert child.poll() is None
+        child.terminate()
+        assert child.wait(20) == -signal.SIGTERM
+    assert "INTERRUPT" in s.text()
+    assert "EINTR" in s.text()
+
+
+def test_what_is_not_overridden_is_not_promised() -> None:
+    import wbfuse
+
+    class Plus(wbfuse.FileSystem):
+        def readdirplus(self, request, fh, offset):  # type: ignore[no-untyped-def]
+            return iter(())
+
+    assert not wishes_of(wbfuse.FileSystem()) & Cap.DO_READDIRPLUS
+    assert wishes_of(Plus()) & Cap.DO_READDIRPLUS
+    assert not wishes_of(wbfuse.FileSystem()) & Cap.WRITEBACK_CACHE
+
+
+def test_every_opcode_has_a_route_or_is_the_sessions_own() -> None:
+    import wbfuse
+    from wbfuse.wire.requests import OPS
+
+    own = {Opcode.INIT, Opcode.DESTROY, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY}
+    assert set(OPS) == set(routes(wbfuse.FileSystem())) | own
+    assert set(OPS) == set(Opcode)
+
+
+def test_a_directory_answer_stops_where_the_buffer_ends_and_looks_nothing_up_in_vain() -> None:
+    entries = [Dirent(b"n%d" % i, i + 1, 8, i + 1) for i in range(10)]
+    assert len(pack_dir(entries, 100)) == 96
+    asked = []
+
+    def look_up(i: int) -> Entry:
+        asked.append(i)
+        return Entry(i + 1, Attr(i + 1, 0o100644))
+
+    raw = pack_dirplus(((e, lambda i=i: look_up(i)) for i, e in enumerate(entries)), 500)  # type: ignore[misc]
+    assert len(raw) == 480
+    assert asked == [0, 1, 2]
