@@ -72,9 +72,7 @@ def build_image(path: str, work: str) -> None:
         size += sum(
             os.lstat(os.path.join(d, f)).st_size for d, _, fs in os.walk(os.path.join(tree, f"copy{i}")) for f in fs
         )
-    subprocess.run(
-        ["mke2fs", "-q", "-t", "ext4", "-d", tree, path, f"{IMAGE_MIB}M"], check=True, stderr=subprocess.PIPE
-    )
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", tree, path, f"{IMAGE_MIB}M"], check=True, capture_output=True)
     shutil.rmtree(tree)
 
 
@@ -91,19 +89,19 @@ class ColdReads(threading.Thread):
         self._fd = os.open(path, os.O_RDONLY)
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
         self._size = os.fstat(self._fd).st_size
-        self._stop = threading.Event()
+        self._ended = threading.Event()
         self.worst = 0.0
 
     def run(self) -> None:
         at = 0
-        while not self._stop.wait(0.05):
+        while not self._ended.wait(0.05):
             start = time.monotonic()
             os.pread(self._fd, 4096, at)
             self.worst = max(self.worst, time.monotonic() - start)
             at = (at + 1_048_576 + 4096) % self._size // 4096 * 4096
 
     def stop(self) -> float:
-        self._stop.set()
+        self._ended.set()
         self.join()
         os.close(self._fd)
         return self.worst
@@ -141,8 +139,10 @@ def copy_into(kind: str, image: str, work: str, bar: Progress, task: TaskID) -> 
         result.piece = state["store"]["bytes_written"] / max(1, state["store"]["writes"])
         if kind == list(KINDS)[-1]:
             loop_mount(os.path.join(mountpoint, "disk.img"), os.path.join(work, "loop"), result)
-    finally:
-        wbfuse("umount", mountpoint)
+    except BaseException:
+        subprocess.run(["umount", "-l", mountpoint], check=False)  # what went wrong is on its way up
+        raise
+    wbfuse("umount", mountpoint)
     stored = os.path.join(source, "disk.img")
     if sha256(stored) != sha256(image):
         raise SystemExit(f"{kind}: the stored image differs from what was copied")
