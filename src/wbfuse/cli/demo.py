@@ -182,7 +182,7 @@ def main() -> None:
         raise SystemExit("the demo needs root: it mounts, and loop-mounts an image")
     if free_memory() < (2 * IMAGE_MIB + 512) * MIB:
         raise SystemExit(f"the demo needs {2 * IMAGE_MIB + 512} MiB of free memory for its log")
-    work = tempfile.mkdtemp(prefix="wbfuse-demo-", dir="/var/tmp")  # noqa: S108 - on disk, not in memory
+    work = tempfile.mkdtemp(prefix="wbfuse-demo-", dir="/var/tmp")
     began = time.monotonic()
     try:
         image = os.path.join(work, "disk.img")

@@ -1,0 +1,185 @@
+"""Run the measurements of the issue and print each beside what it should be.
+
+    python -m bench [--rounds 5] [--only NAME ...]
+
+Needs root (mounts, dropped caches, a memory cgroup). Numbers are medians of `--rounds`, peers taking turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from bench import slow, work
+from bench.peers import BUILD, Field, Peer, quiet
+
+GIB = 1 << 30
+Row = tuple[str, float, str, float, str]
+"""(what, measured, sense, wanted, how it came about)."""
+ROWS: list[Row] = []
+
+
+def row(what: str, measured: float, sense: str, wanted: float, how: str) -> None:
+    ROWS.append((what, measured, sense, wanted, how))
+    good = measured >= wanted if sense == ">=" else measured <= wanted
+    print(f"{'ok  ' if good else 'FAIL'} {what}: {measured:.2f} (wanted {sense} {wanted:g})  [{how}]", flush=True)
+
+
+def medians(rounds: int, peers: list[Peer], measure: Callable[[Peer], float]) -> dict[str, float]:
+    """The median of each peer, the peers taking turns."""
+    found: dict[str, list[float]] = {p.name: [] for p in peers}
+    for _ in range(rounds):
+        for peer in peers:
+            found[peer.name].append(measure(peer))
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def show(found: dict[str, float], unit: str) -> str:
+    return ", ".join(f"{name} {value:.2f} {unit}" for name, value in found.items())
+
+
+def bench_copy(root: Path, rounds: int) -> None:
+    source = root / "data"
+    work.make_source(source, 2 * GIB)
+    with Field(root / "copy") as field:
+        peers = [field.wbfuse("wbfuse", "--log-size", "1GiB"), field.c("C", "writeback")]
+        python = field.pyfuse3("pyfuse3")
+        peers += [python] if python else []
+        found = medians(rounds, peers, lambda p: work.copy_with_fsync(p, source))
+        row("copy 2 GiB + fsync, speed against C", found["C"] / found["wbfuse"], ">=", 0.9, show(found, "s"))
+        if python:
+            row(
+                "copy 2 GiB + fsync, speed against pyfuse3",
+                found["pyfuse3"] / found["wbfuse"],
+                ">=",
+                2,
+                show(found, "s"),
+            )
+    source.unlink()
+
+
+def bench_small_writes(root: Path, rounds: int) -> None:
+    with Field(root / "small") as field:
+        peers = [
+            field.wbfuse("wbfuse", "--log-size", "1GiB", "--on-close", "background"),
+            field.wbfuse("through", "--policy", "writethrough", "--on-close", "background"),
+            field.c("C", "writeback"),
+        ]
+        for name, spread in (("random in 64 MiB", 64 << 20), ("appended", 0)):
+            found = medians(rounds, peers, lambda p, s=spread: work.small_buffered_writes(p, 16384, s))  # type: ignore[misc]
+            against = found["through"] / found["wbfuse"]
+            row(f"4 KiB writes {name}, speed against write-through", against, ">=", 8, show(found, "us"))
+            row(f"4 KiB writes {name}, speed against C", found["C"] / found["wbfuse"], ">=", 1.0, show(found, "us"))
+
+
+def bench_read(root: Path, rounds: int) -> None:
+    with Field(root / "read") as field:
+        peers = [field.wbfuse("wbfuse"), field.c("C", "writeback")]
+        for peer in peers:
+            work.make_source(peer.source / "file", GIB)
+        found = medians(rounds, peers, lambda p: work.sequential_cold_read(p, "file"))
+        row("sequential cold read of 1 GiB, speed against C", found["C"] / found["wbfuse"], ">=", 0.9, show(found, "s"))
+
+
+def bench_small_files(root: Path, rounds: int) -> None:
+    with Field(root / "files") as field:
+        peers = [field.wbfuse("wbfuse", "--log-size", "1GiB", "--on-close", "background"), field.c("C", "writeback")]
+        found = medians(rounds, peers, lambda p: work.small_files(p, 10_000))
+        row(
+            "10,000 small files, close in background, against C",
+            found["C"] / found["wbfuse"],
+            ">=",
+            0.5,
+            show(found, "s"),
+        )
+    with Field(root / "files") as field:
+        waits = medians(
+            1, [field.wbfuse("wbfuse, close waits", "--log-size", "1GiB")], lambda p: work.small_files(p, 1000)
+        )
+        print(f"     1,000 small files with --on-close wait (an fsync each): {show(waits, 's')}")
+
+
+def bench_processor(root: Path, rounds: int) -> None:
+    with Field(root / "processor") as field:
+        peers = [field.wbfuse("wbfuse", "--policy", "writethrough", "--on-close", "background"), field.c("C")]
+        found = medians(rounds, peers, lambda p: work.processor_per_write(p, 30_000)[0])
+        row(
+            "processor time a 4 KiB WRITE in write-through, against C",
+            found["wbfuse"] / found["C"],
+            "<=",
+            1.5,
+            show(found, "us"),
+        )
+
+
+def bench_getattr(root: Path, rounds: int) -> None:
+    with Field(root / "getattr") as field:
+        peer = field.wbfuse("wbfuse", "--log-size", "512MiB", "--on-close", "background")
+        pairs = [work.getattr_under_load(peer, 2.0) for _ in range(rounds)]
+        idle, busy = (statistics.median(values) for values in zip(*pairs, strict=True))
+        row(
+            "p99 of GETATTR under saturated write-back, against idle",
+            busy / idle,
+            "<=",
+            2,
+            f"{idle:.0f} us, {busy:.0f} us",
+        )
+        plain = field.c("C", "writeback")
+        pairs = [work.getattr_under_load(plain, 2.0) for _ in range(rounds)]
+        idle, busy = (statistics.median(values) for values in zip(*pairs, strict=True))
+        print(f"     for comparison, C: idle {idle:.0f} us, saturated {busy:.0f} us, ratio {busy / idle:.2f}")
+
+
+def bench_slow_store(root: Path, rounds: int) -> None:
+    found = [slow.run(_fresh(root / f"slow{i}")) for i in range(min(rounds, 3))]
+    middle = {key: statistics.median(f[key] for f in found) for key in found[0]}
+    limits = {
+        "stat p99 ms": 50, "ls p99 ms": 50, "cold read p99 ms": 50, "longest pause ms": 300,
+        "longest pause after warm-up ms": 300, "resident MiB": 164, "killed": 0,
+    }  # fmt: skip
+    for key, wanted in limits.items():
+        row(f"slow store: {key}", middle[key], "<=", wanted, f"median of {len(found)} runs")
+
+
+def _fresh(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path
+
+
+BENCHES = {
+    "copy": bench_copy, "small-writes": bench_small_writes, "read": bench_read, "small-files": bench_small_files,
+    "processor": bench_processor, "getattr": bench_getattr, "slow-store": bench_slow_store,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench", description="Measure wbfuse against its peers.")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each, default: %(default)s")
+    parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES))
+    arguments = parser.parse_args()
+    if os.geteuid() != 0:
+        sys.exit("the bench needs root: it mounts, drops caches and makes a memory cgroup")
+    root = Path(tempfile.mkdtemp(prefix="wbfuse-bench-", dir="/var/tmp"))
+    try:
+        for name in arguments.only:
+            quiet()
+            BENCHES[name](root, arguments.rounds)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    (BUILD / "results.json").write_text(json.dumps(ROWS, indent=1))
+    missed = [
+        what for what, measured, sense, wanted, _ in ROWS if (measured < wanted if sense == ">=" else measured > wanted)
+    ]
+    print(f"{len(ROWS) - len(missed)} of {len(ROWS)} as wanted" + (f"; not: {'; '.join(missed)}" if missed else ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The workloads: each does its work in the calling process (or a child) and answers seconds or a rate."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import random
+import time
+from pathlib import Path
+
+from bench.peers import Peer, quiet
+
+MIB = 1 << 20
+
+
+def make_source(path: Path, size: int) -> None:
+    """A file of random bytes, in the page cache."""
+    with open(path, "wb") as f:
+        f.writelines(os.urandom(MIB) for _ in range(size // MIB))
+    path.read_bytes()
+
+
+def copy_with_fsync(peer: Peer, source: Path) -> float:
+    """Seconds to copy `source` into a new file and fsync it."""
+    target = peer.path / "copy"
+    buffer = memoryview(bytearray(MIB))
+    start = time.monotonic()
+    with open(source, "rb", buffering=0) as a, open(target, "wb", buffering=0) as b:
+        while n := a.readinto(buffer):
+            b.write(buffer[:n])
+        os.fsync(b.fileno())
+    elapsed = time.monotonic() - start
+    target.unlink()
+    os.sync()
+    return elapsed
+
+
+def small_buffered_writes(peer: Peer, count: int, spread: int) -> float:
+    """Microseconds for a buffered write of 4 KiB: `spread` 0 appends to a new file, else it is random in so many bytes."""
+    target = peer.path / "small-writes"
+    block = os.urandom(4096)
+    fd = os.open(target, os.O_CREAT | os.O_RDWR)
+    offsets = [i * 4096 for i in range(count)]
+    if spread:
+        for at in range(0, spread, MIB):
+            os.pwrite(fd, bytes(MIB), at)
+        os.fsync(fd)
+        rng = random.Random(1)
+        offsets = [rng.randrange(spread // 4096) * 4096 for _ in range(count)]
+    start = time.monotonic()
+    for offset in offsets:
+        os.pwrite(fd, block, offset)
+    elapsed = time.monotonic() - start
+    os.close(fd)
+    target.unlink()
+    os.sync()
+    return elapsed / count * 1e6
+
+
+def sequential_cold_read(peer: Peer, name: str) -> float:
+    """Seconds to read a file of which nothing is cached, neither by the mount nor below it."""
+    quiet()
+    buffer = memoryview(bytearray(MIB))
+    start = time.monotonic()
+    with open(peer.path / name, "rb", buffering=0) as f:
+        while f.readinto(buffer):
+            pass
+    return time.monotonic() - start
+
+
+def small_files(peer: Peer, count: int) -> float:
+    """Seconds to create, write 4 KiB into and close so many files."""
+    directory = peer.path / "small-files"
+    directory.mkdir()
+    block = os.urandom(4096)
+    here = str(directory)
+    start = time.monotonic()
+    for i in range(count):
+        fd = os.open(f"{here}/{i}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        os.write(fd, block)
+        os.close(fd)
+    elapsed = time.monotonic() - start
+    for i in range(count):
+        os.unlink(f"{here}/{i}")
+    directory.rmdir()
+    os.sync()
+    return elapsed
+
+
+def processor_per_write(peer: Peer, count: int) -> tuple[float, float]:
+    """(daemon's processor microseconds, caller's wall microseconds) for one write(2) of 4 KiB that goes through."""
+    fd = os.open(peer.path / "through", os.O_CREAT | os.O_RDWR)
+    block = os.urandom(4096)
+    for i in range(2000):
+        os.pwrite(fd, block, i * 4096)
+    used, start = peer.processor_seconds(), time.monotonic()
+    for i in range(count):
+        os.pwrite(fd, block, i % 4096 * 4096)
+    wall = time.monotonic() - start
+    used = peer.processor_seconds() - used
+    os.close(fd)
+    return used / count * 1e6, wall / count * 1e6
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
+
+
+def getattr_latency(peer: Peer, seconds: float) -> list[float]:
+    """Seconds of each forced GETATTR (statx with AT_STATX_FORCE_SYNC) of an open file."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = os.open(peer.path / "watched", os.O_CREAT | os.O_RDWR)
+    os.write(fd, b"x")
+    buffer = ctypes.create_string_buffer(256)
+    out = []
+    end = time.monotonic() + seconds
+    while (start := time.monotonic()) < end:
+        if libc.statx(fd, b"", 0x1000 | 0x2000, 0x7FF, buffer) != 0:
+            raise OSError(ctypes.get_errno(), "statx")
+        out.append(time.monotonic() - start)
+        time.sleep(0.001)
+    os.close(fd)
+    return out
+
+
+def _saturate(path: str) -> None:
+    block = os.urandom(MIB)
+    fd = os.open(path, os.O_CREAT | os.O_RDWR)
+    while True:
+        for _ in range(1024):
+            os.write(fd, block)
+        os.lseek(fd, 0, os.SEEK_SET)
+
+
+def getattr_under_load(peer: Peer, seconds: float) -> tuple[float, float]:
+    """p99 of a forced GETATTR in microseconds: idle, and while a fast writer saturates write-back."""
+    idle = percentile(getattr_latency(peer, seconds), 0.99)
+    writer = mp.Process(target=_saturate, args=(str(peer.path / "flood"),), daemon=True)
+    writer.start()
+    time.sleep(1.0)  # until the log is in steady state
+    busy = percentile(getattr_latency(peer, seconds), 0.99)
+    writer.terminate()
+    writer.join()
+    (peer.path / "flood").unlink()
+    return idle * 1e6, busy * 1e6
