@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing as mp
 import os
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -21,7 +24,11 @@ def make_source(path: Path, size: int) -> None:
 
 
 def copy_with_fsync(peer: Peer, source: Path) -> float:
-    """Seconds to copy `source` into a new file and fsync it."""
+    """Seconds to copy `source` into a new file and have it on the disk.
+
+    The file below is synced as well: pyfuse3's example does not implement fsync, so there the kernel's answer to it
+    says nothing; for the others that second sync finds nothing to do.
+    """
     target = peer.path / "copy"
     buffer = memoryview(bytearray(MIB))
     start = time.monotonic()
@@ -29,14 +36,17 @@ def copy_with_fsync(peer: Peer, source: Path) -> float:
         while n := a.readinto(buffer):
             b.write(buffer[:n])
         os.fsync(b.fileno())
+    below = os.open(peer.source / "copy", os.O_RDONLY)
+    os.fsync(below)
     elapsed = time.monotonic() - start
+    os.close(below)
     target.unlink()
     os.sync()
     return elapsed
 
 
 def small_buffered_writes(peer: Peer, count: int, spread: int) -> float:
-    """Microseconds for a buffered write of 4 KiB: `spread` 0 appends to a new file, else it is random in so many bytes."""
+    """Microseconds for a buffered write of 4 KiB: appended to a new file, or (`spread` > 0) random in so many bytes."""
     target = peer.path / "small-writes"
     block = os.urandom(4096)
     fd = os.open(target, os.O_CREAT | os.O_RDWR)
@@ -134,14 +144,28 @@ def _saturate(path: str) -> None:
         os.lseek(fd, 0, os.SEEK_SET)
 
 
-def getattr_under_load(peer: Peer, seconds: float) -> tuple[float, float]:
-    """p99 of a forced GETATTR in microseconds: idle, and while a fast writer saturates write-back."""
+def _answer_p99(peer: Peer) -> float:
+    """p99 in microseconds of the reader thread's answers, from receiving a request to its reply; 0 for other peers."""
+    done = subprocess.run(
+        [sys.executable, "-m", "wbfuse", "status", "--json", str(peer.path)], capture_output=True, check=False
+    )
+    return float(json.loads(done.stdout)["answers"]["p99_us"]) if done.returncode == 0 else 0.0
+
+
+def getattr_under_load(peer: Peer, seconds: float) -> tuple[float, float, float, float]:
+    """p99 of a forced GETATTR in microseconds, idle and while a fast writer saturates write-back.
+
+    (caller idle, caller saturated, reader's answer idle, reader's answer saturated): the caller also waits for the
+    WRITEs that stand before its request in the kernel's queue.
+    """
     idle = percentile(getattr_latency(peer, seconds), 0.99)
+    answer_idle = _answer_p99(peer)
     writer = mp.Process(target=_saturate, args=(str(peer.path / "flood"),), daemon=True)
     writer.start()
     time.sleep(1.0)  # until the log is in steady state
     busy = percentile(getattr_latency(peer, seconds), 0.99)
+    answer_busy = _answer_p99(peer)
     writer.terminate()
     writer.join()
     (peer.path / "flood").unlink()
-    return idle * 1e6, busy * 1e6
+    return idle * 1e6, busy * 1e6, answer_idle, answer_busy

@@ -228,6 +228,7 @@ class Mount:
             "log": {},
             "negotiated": {},
             "requests": self.session.requests(),
+            "answers": self.session.answers(),
             "bdi": self.tuned,
             "store": {"bytes_written": self._meter.bytes_written, "writes": self._meter.writes},
         }

@@ -18,6 +18,8 @@ import mmap
 import os
 import sys
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from struct import Struct
@@ -100,6 +102,8 @@ class Session:
         self._permits: list[None] = [None] * (fs.readers - 1)
         self._counts: list[list[int]] = []
         self._threads: list[threading.Thread] = []
+        self._answers: deque[int] = deque(maxlen=2048)
+        """Nanoseconds that the reader took for its last answers, READs and WRITEs apart."""
 
     # life
 
@@ -116,6 +120,11 @@ class Session:
         """Requests received so far, by opcode name."""
         totals = [sum(column) for column in zip(*self._counts, strict=True)]
         return {text.opcode_name(code): n for code, n in enumerate(totals) if n}
+
+    def answers(self) -> dict[str, float]:
+        """How long the reader took lately from receiving a request to its reply (READ and WRITE apart): p50_us, p99_us."""
+        times = sorted(self._answers) or [0]
+        return {f"p{share}_us": times[len(times) * share // 100] / 1000 for share in (50, 99)}
 
     def _start_reader(self) -> None:
         counts = [0] * 64
@@ -257,7 +266,9 @@ class Session:
         if route is None:
             self._own(opcode, request.unique, body)
         elif route.inline:
+            start = time.perf_counter_ns()
             self._serve(route, request, body)
+            self._answers.append(time.perf_counter_ns() - start)
         else:
             request.blocking = True
             self._where_it_may_block(partial(self._serve, route, request, body))
