@@ -133,7 +133,7 @@ def bench_getattr(root: Path, rounds: int) -> None:
             how,
         )
         print(
-            f"     its caller, who also waits for the WRITEs queued before it: idle {idle:.0f} us, saturated {busy:.0f} us"
+            f"     its caller, who also waits for WRITEs queued before it: idle {idle:.0f} us, saturated {busy:.0f} us"
         )
         other = field.c("C", "writeback")
         found = [work.getattr_under_load(other, 2.0) for _ in range(rounds)]

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from wbfuse.control.server import ControlServer, Message
 from wbfuse.filesystem.cached_fs import CachedFileSystem
 from wbfuse.filesystem.store_fs import StoreFileSystem
 from wbfuse.session.mount import MountError, find_mount, is_busy, max_pages_limit, tune_bdi, unmount
-from wbfuse.session.serve import Options, attach
+from wbfuse.session.serve import Options, attach, detach
 from wbfuse.store.contract import Store
 from wbfuse.store.directory import DirectoryStore
 from wbfuse.store.shaped import Shape, shaped
@@ -90,11 +91,15 @@ class Mount:
         except BaseException:
             store.close()
             raise
-        self.tuned = self._tune()
-        self._control = ControlServer(
-            paths.socket_path(self.path),
-            {"status": self._do_status, "sync": self._do_sync, "umount": self._do_umount},
-        )
+        try:
+            self.tuned = self._tune()
+            self._control = ControlServer(
+                paths.socket_path(self.path),
+                {"status": self._do_status, "sync": self._do_sync, "umount": self._do_umount},
+            )
+        except BaseException:
+            detach(self.session, self.path)
+            raise
 
     def _build(self, store: Store) -> StoreFileSystem:
         spec = self.spec
@@ -144,51 +149,53 @@ class Mount:
     def hurry(self) -> None:
         """Somebody asked a second time: do not wait for a store that does not answer."""
         self._impatient.set()
+        if self.cache is not None:
+            self.cache.closing = True
 
     @property
     def impatient(self) -> bool:
         return self._impatient.is_set()
 
     def stop(self) -> None:
-        """Make everything durable and unmount; a busy mount is detached and ends with its last open file."""
+        """Make everything durable and unmount; a busy mount is detached and ends with its last open file.
+
+        What cannot be written stays in the log while the process lives on and tries again (`_drain`).
+        """
         with self._stop_lock:
             if self.session.ended.is_set():
                 return
-            for _ in self._barrier():
-                pass
+            try:
+                for _ in self._barrier():
+                    pass
+            except OSError as e:
+                log.error("not everything could be written: %s; unmounting, and trying on", e)
             try:
                 unmount(self.path)
             except MountError as e:
-                if is_busy(e):
-                    log.warning("%s is in use: detached; it ends when its last file is closed", self.path)
-                    unmount(self.path, lazy=True)
-                else:
+                if not is_busy(e):
                     log.warning("%s", e)
+                    return
+                log.warning("%s is in use: detached; it ends when its last file is closed", self.path)
+                unmount(self.path, lazy=True)
 
     def _barrier(self) -> Iterator[int]:
-        """The durability barrier: have the kernel hand over what it holds, then drain. Yields bytes left."""
-        fs = self.fs
-        if self.cache is None or not isinstance(fs, CachedFileSystem):
+        """The durability barrier: have the kernel hand over what it holds, then drain. Yields bytes left.
+
+        Raises OSError where something could not be written or made durable.
+        """
+        fs, cache = self.fs, self.cache
+        if cache is None or not isinstance(fs, CachedFileSystem):
             fs.store.sync_all()
             return
         for ino in {h.ino for h in list(fs.handles.values()) if h.writable}:
             fs.pull(ino)
         progress: list[int] = []
-        failed: list[tuple[int, int]] = []
-        done = threading.Event()
-
-        def run() -> None:
-            try:
-                failed.extend(self.cache.drain(progress.append, self._impatient.is_set))  # type: ignore[union-attr]
-            finally:
-                done.set()
-
-        thread = threading.Thread(target=run, name="drain", daemon=True)
-        thread.start()
-        while not done.wait(0.1):
-            if progress:
-                yield progress[-1]
-        thread.join()
+        with ThreadPoolExecutor(1, "drain") as pool:
+            drained = pool.submit(cache.drain, progress.append, self._impatient.is_set)
+            while not wait([drained], 0.1).done:
+                if progress:
+                    yield progress[-1]
+            failed = drained.result()
         if failed:
             ino, code = failed[0]
             raise OSError(code, f"{len(failed)} files could not be written, node {ino}: {os.strerror(code)}")
@@ -198,13 +205,17 @@ class Mount:
         if self.cache is None:
             return
         while True:
-            failed = self.cache.drain(lambda _left: None, self._impatient.is_set)
-            if not failed:
-                return
+            try:
+                failed = self.cache.drain(lambda _left: None, self._impatient.is_set)
+                if not failed:
+                    return
+                why = os.strerror(failed[0][1])
+            except OSError as e:
+                why = e.strerror or str(e)
             left = int(self.cache.status()["dirty_bytes"])
-            log.error("%d files with %d bytes cannot be written: %s", len(failed), left, os.strerror(failed[0][1]))
+            log.error("%d bytes are not durable: %s; trying again", left, why)
             if self._impatient.wait(1.0):
-                self.lost = left
+                self.lost = max(left, 1)
                 log.error("told to end: %d bytes are lost", left)
                 return
 

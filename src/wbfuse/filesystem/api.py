@@ -37,6 +37,14 @@ class Parked:
 PARKED: Final = Parked()
 
 
+class Lent(list["Buffer"]):
+    """Buffers of a READ answer that must stay as they are until it is sent; then `release` is called, once."""
+
+    def __init__(self, buffers: Sequence[Buffer], release: Callable[[], None]) -> None:
+        super().__init__(buffers)
+        self.release = release
+
+
 class WouldBlock(Exception):  # noqa: N818 - a signal of control, not an error
     """Raised by an inline method that would have to wait. It is then called again from the pool."""
 

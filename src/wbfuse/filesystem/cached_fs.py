@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from wbfuse.filesystem.api import PARKED, Buffer, Parked, Request, WouldBlock
+from wbfuse.filesystem.api import PARKED, Buffer, Lent, Parked, Request, WouldBlock
 from wbfuse.filesystem.store_fs import MAX_OFFSET, O_DSYNC, Handle, StoreFileSystem
 from wbfuse.store.contract import Found, Store
 from wbfuse.wire import replies
@@ -68,9 +68,11 @@ class CachedFileSystem(StoreFileSystem):
         return self.cache.receive_target()
 
     def destroy(self) -> None:
-        self.engine.stop()
-        self.store.close()
-        self.cache.log.close()
+        try:
+            self.engine.stop()
+        finally:
+            self.store.close()
+            self.cache.log.close()
 
     # attributes
 
@@ -79,9 +81,10 @@ class CachedFileSystem(StoreFileSystem):
         return attr if f is None else f.shown()
 
     def changed(self, ino: int, attr: Attr) -> None:
-        f = self.cache.files.get(ino)
-        if f is not None:
-            f.attr = attr
+        with self.cache.lock:
+            f = self.cache.files.get(ino)
+            if f is not None:
+                f.set_attr(attr)
 
     def gone(self, ino: int) -> None:
         self.cache.unlinked(ino)
@@ -93,7 +96,23 @@ class CachedFileSystem(StoreFileSystem):
             return f
         if not request.blocking:
             raise WouldBlock
-        return self.cache.adopt(ino, self.store.getattr(ino))
+        return self.cache.adopt(ino, self._fresh_attr(ino))
+
+    def _fresh_attr(self, ino: int) -> Attr:
+        """The store's attributes, not older than what the cache has let go meanwhile."""
+        while True:
+            epoch = self.cache.epoch
+            attr = self.store.getattr(ino)
+            if not self.cache.let_go_since(epoch, ino):
+                return attr
+
+    def lookup(self, request: Request, name: bytes) -> Entry:
+        while True:
+            epoch = self.cache.epoch
+            ino, attr = self.store.lookup(request.nodeid, name)
+            if not self.cache.let_go_since(epoch, ino):
+                return self._entry((ino, attr))
+            self.store.forget(ino, 1)
 
     def getattr(self, request: Request, fh: int | None) -> Attr:
         f = self.cache.files.get(request.nodeid)
@@ -143,14 +162,18 @@ class CachedFileSystem(StoreFileSystem):
     def _attach(self, handle: Handle, attr: Attr | None = None) -> None:
         """A writable handle, or one of a file that is dirty, keeps the file's state; another only holds the file."""
         ino = handle.ino
+        self.store.hold(ino)  # before anything is asked of it: an unlink may be under way
         f = self.cache.open(ino, None)
         if f is None and handle.writable:
-            f = self.cache.open(ino, attr or self.store.getattr(ino))
+            try:
+                f = self.cache.open(ino, attr or self._fresh_attr(ino))
+            except OSError:
+                self.store.drop(ino)
+                raise
         if f is not None:
+            self.store.drop(ino)  # the cache holds it now
             handle.errors_seen = f.error_sequence
             handle.file = f
-        else:
-            self.store.hold(ino)
 
     def _created(self, found: Found, flags: int) -> tuple[Entry, Opened]:
         ino, attr = found
@@ -190,7 +213,7 @@ class CachedFileSystem(StoreFileSystem):
         moves_time = None if from_kernel_cache else time.time_ns()
         occupied = self.cache.write(f, request.unique, offset, data, at_tail, moves_time)
         if flags & O_DSYNC and not from_kernel_cache:
-            self._when_durable(request, f, None, n)
+            self._when_durable(request, f, self.handles.get(fh), n)
             return PARKED
         if self.cache.must_wait(occupied):
             parked = request.park()
@@ -203,6 +226,7 @@ class CachedFileSystem(StoreFileSystem):
         if f is None:
             return self._read_store(request, offset, size)
         plan, pinned = self.cache.read_plan(f, offset, min(offset + size, MAX_OFFSET))
+        lent = None
         try:
             if len(plan) == 1 and plan[0][2] == STORE:
                 start, end, _ = plan[0]
@@ -211,11 +235,13 @@ class CachedFileSystem(StoreFileSystem):
                 return self._assemble(f.ino, plan)
             if any(place == STORE for _, _, place in plan):
                 raise WouldBlock
-            # The one reader sends this before it receives again, so these segments cannot be received into meanwhile.
             view = self.cache.log.view
-            return [bytes(e - s) if place == HOLE else view(place, e - s) for s, e, place in plan]
+            parts = [bytes(e - s) if place == HOLE else view(place, e - s) for s, e, place in plan]
+            lent = Lent(parts, partial(self.cache.unpin, pinned))
+            return lent
         finally:
-            self.cache.unpin(pinned)
+            if lent is None:
+                self.cache.unpin(pinned)
 
     @staticmethod
     def _zero_filled(data: Buffer, size: int) -> Buffer:
@@ -360,14 +386,11 @@ class CachedFileSystem(StoreFileSystem):
         flags: int,
     ) -> int:  # fmt: skip
         """Inside the store where both files are clean; else the kernel copies through its own cache."""
-        source, target = self.cache.files.get(request.nodeid), self.cache.files.get(nodeid_out)
-        for f in (source, target):
-            if f is not None and (f.core.generations or f.busy):
-                raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-        done = super().copy_file_range(request, fh, offset, nodeid_out, fh_out, offset_out, length, flags)
-        if target is not None and done:
-            with self.cache.lock:
-                target.core.size = max(target.core.size, offset_out + done)
-                target.core.mtime_ns = time.time_ns()
-                target.unsynced = True
+        target = self.cache.begin_copy(request.nodeid, nodeid_out)
+        done = 0
+        try:
+            done = super().copy_file_range(request, fh, offset, nodeid_out, fh_out, offset_out, length, flags)
+        finally:
+            if target is not None:
+                self.cache.end_copy(target, offset_out + done if done else 0, time.time_ns())
         return done

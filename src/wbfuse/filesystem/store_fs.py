@@ -1,7 +1,6 @@
 """StoreFileSystem: a store as a FUSE file system, write-through. Every change is in the store before its reply.
 
-It keeps three things in memory: how often the kernel knows each node (`_lookups`), open handles, and nothing else.
-Lock: `_lock` guards `_lookups` and the handle counter; nothing is called with it.
+It keeps open handles in memory and nothing else; the store counts the references that entries give to the kernel.
 """
 
 from __future__ import annotations
@@ -66,8 +65,6 @@ class StoreFileSystem(FileSystem):
         self.store = store
         self.direct_io = direct_io
         self.wait_on_close = wait_on_close
-        self._lock = threading.Lock()
-        self._lookups: dict[int, int] = {}
         self._fhs = itertools.count(1)
         self.handles: dict[int, Handle] = {}
         self._buffers = threading.local()
@@ -91,8 +88,6 @@ class StoreFileSystem(FileSystem):
 
     def _entry(self, found: Found) -> Entry:
         ino, attr = found
-        with self._lock:
-            self._lookups[ino] = self._lookups.get(ino, 0) + 1
         return Entry(ino, self.shown(ino, attr))
 
     @staticmethod
@@ -103,13 +98,7 @@ class StoreFileSystem(FileSystem):
         return self._entry(self.store.lookup(request.nodeid, name))
 
     def forget(self, request: Request, nlookup: int) -> None:
-        with self._lock:
-            left = self._lookups.get(request.nodeid, 0) - nlookup
-            if left > 0:
-                self._lookups[request.nodeid] = left
-                return
-            self._lookups.pop(request.nodeid, None)
-        self.store.forget(request.nodeid)
+        self.store.forget(request.nodeid, nlookup)
 
     def mknod(self, request: Request, name: bytes, mode: int, rdev: int, umask: int) -> Entry:
         if stat.S_ISREG(mode):

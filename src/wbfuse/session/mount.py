@@ -206,13 +206,13 @@ def is_busy(e: MountError) -> bool:
 def tune_bdi(device: str, read_ahead_kb: int | None = None, max_bytes: int | None = None) -> dict[str, str]:
     """Set knobs of the mount's backing device in /sys/class/bdi where permitted; answers those that were set.
 
-    Without permission (an unprivileged mount) the kernel's defaults stay and nothing is raised.
+    Where that is not possible (an unprivileged mount, a read-only /sys) the kernel's defaults stay; nothing is raised.
     """
     done = {}
     for name, value in (("read_ahead_kb", read_ahead_kb), ("max_bytes", max_bytes)):
         if value is None:
             continue
-        with contextlib.suppress(PermissionError, FileNotFoundError):
+        with contextlib.suppress(OSError):
             with open(f"/sys/class/bdi/{device}/{name}", "w", encoding="ascii") as f:
                 f.write(str(value))
             done[name] = str(value)

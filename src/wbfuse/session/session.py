@@ -25,7 +25,7 @@ from functools import partial
 from struct import Struct
 from typing import Any
 
-from wbfuse.filesystem.api import PARKED, FileSystem, Finish, Parked, Request, WouldBlock, error_number, overrides
+from wbfuse.filesystem.api import PARKED, FileSystem, Finish, Lent, Parked, Request, WouldBlock, error_number, overrides
 from wbfuse.filesystem.dispatch import Route, routes, wishes_of
 from wbfuse.session.mount import max_pages_limit
 from wbfuse.session.notifier import Notifier
@@ -95,6 +95,8 @@ class Session:
         self.notifier = Notifier(fd)
         fs.notify = self.notifier.send
         self.pool = Pool(_HELPERS, "helper")
+        self._read_pool = Pool(_HELPERS, "read-helper")
+        """READs have threads of their own: any number of slow ones leave names quick."""
         self._routes: dict[int, Route] = routes(fs)
         self._ways = {code: _Way(self, r.encode, code == Opcode.READ) for code, r in self._routes.items()}
         self._read_inline = "read" in fs.inline
@@ -122,7 +124,7 @@ class Session:
         return {text.opcode_name(code): n for code, n in enumerate(totals) if n}
 
     def answers(self) -> dict[str, float]:
-        """How long the reader took lately from receiving a request to its reply (READ and WRITE apart): p50_us, p99_us."""
+        """Microseconds the reader took lately from receiving a request to its reply, READ and WRITE apart."""
         times = sorted(self._answers) or [0]
         return {f"p{share}_us": times[len(times) * share // 100] / 1000 for share in (50, 99)}
 
@@ -148,6 +150,7 @@ class Session:
         for thread in self._threads:  # grows while INIT is served, which is before the first thread ends
             thread.join()
         self.pool.close()
+        self._read_pool.close()
         self.notifier.close()
         try:
             self.fs.destroy()
@@ -236,7 +239,7 @@ class Session:
             self._serve_read(request, fields)
             return
         request.blocking = True
-        self._where_it_may_block(partial(self._serve_read, request, fields))
+        self._where_it_may_block(partial(self._serve_read, request, fields), self._read_pool)
 
     def _serve_read(self, request: Request, fields: tuple[int, ...]) -> None:
         fh, offset, size, _read_flags, _owner, flags = fields
@@ -244,7 +247,7 @@ class Session:
             data = self.fs.read(request, fh, offset, size, flags)
         except WouldBlock:
             request.blocking = True
-            self._where_it_may_block(partial(self._serve_read, request, fields))
+            self._where_it_may_block(partial(self._serve_read, request, fields), self._read_pool)
         except Exception as e:  # noqa: BLE001 - `_failed` logs what is not an answer; the mount must live on
             self._failed(request, Opcode.READ, e)
         else:
@@ -340,12 +343,12 @@ class Session:
             return False
         return True
 
-    def _where_it_may_block(self, job: Callable[[], None]) -> None:
+    def _where_it_may_block(self, job: Callable[[], None], pool: Pool | None = None) -> None:
         if self._permits and self._take_permit():
             job()
             self._permits.append(None)
         else:
-            self.pool.submit(job)
+            (pool or self.pool).submit(job)
 
     # replying, from any thread
 
@@ -365,7 +368,12 @@ class Session:
 
     def send_data(self, unique: int, data: Any) -> None:
         """A READ reply without a copy: one buffer or a sequence of them."""
-        if isinstance(data, (list, tuple)):
+        if isinstance(data, Lent):
+            try:
+                self._send((_OUT.pack(16 + sum(map(len, data)), 0, unique), *data), unique)
+            finally:
+                data.release()
+        elif isinstance(data, (list, tuple)):
             self._send((_OUT.pack(16 + sum(map(len, data)), 0, unique), *data), unique)
         else:
             self._send((_OUT.pack(16 + len(data), 0, unique), data), unique)

@@ -75,7 +75,7 @@ class Round:
 
 
 Found = tuple[int, Attr]
-"""An ino and its attributes."""
+"""An ino and its attributes, and a reference to it that `forget` gives back."""
 
 
 class Store(ABC):
@@ -95,8 +95,8 @@ class Store(ABC):
     def lookup(self, parent: int, name: bytes) -> Found: ...
 
     @abstractmethod
-    def forget(self, ino: int) -> None:
-        """Nobody knows `ino` any more; it may be dropped from memory. Does not block."""
+    def forget(self, ino: int, nlookup: int = 1) -> None:
+        """Give back so many references. Each `Found` is one; without any, `ino` may be dropped. Does not block."""
 
     @abstractmethod
     def create(self, parent: int, name: bytes, mode: int, owner: Owner) -> Found:
@@ -166,7 +166,7 @@ class Store(ABC):
 
     @abstractmethod
     def hold(self, ino: int) -> None:
-        """The file is open: it lives on without links until `drop`. Counts. May block."""
+        """The file is open: it lives on without links until `drop`. Counts. Does not block; ESTALE for what is gone."""
 
     @abstractmethod
     def drop(self, ino: int) -> None:

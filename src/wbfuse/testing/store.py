@@ -61,7 +61,7 @@ class StoreContract:
             assert ino not in seen
             seen.add(ino)
             store.unlink(ROOT_INO, b"again")
-            store.forget(ino)
+            store.forget(ino, 1)
 
     def test_directories_and_their_errors(self, store: Store) -> None:
         d, attr = store.mkdir(ROOT_INO, b"d", 0o755, ME)
@@ -123,6 +123,38 @@ class StoreContract:
         assert fails_with(errno.EINVAL, lambda: store.rename(ROOT_INO, b"a", d, b"b", 1 << 7))
         put(store, a, b"moved")
         assert read_all(store, a) == b"moved"
+
+    def test_a_held_file_is_found_when_its_directory_is_forgotten(self, store: Store) -> None:
+        d, _ = store.mkdir(ROOT_INO, b"d", 0o755, ME)
+        e, _ = store.mkdir(d, b"e", 0o755, ME)
+        f, _ = store.create(e, b"f", 0o644, ME)
+        store.hold(f)
+        for ino in (f, e, d):
+            store.forget(ino, 1)
+        put(store, f, b"late")
+        store.drop(f)
+        assert fails_with(errno.ESTALE, lambda: store.getattr(d))
+        found = store.lookup(store.lookup(store.lookup(ROOT_INO, b"d")[0], b"e")[0], b"f")[0]
+        assert read_all(store, found) == b"late"
+
+    def test_an_open_file_lives_by_a_link_that_nobody_looked_up(self, store: Store) -> None:
+        ino, _ = store.create(ROOT_INO, b"a", 0o644, ME)
+        store.link(ino, ROOT_INO, b"b")
+        store.forget(ino, 2)
+        again, _ = store.lookup(ROOT_INO, b"a")
+        store.hold(again)
+        assert store.unlink(ROOT_INO, b"a") == (again, 1)
+        assert store.getattr(again).nlink == 1
+        put(store, again, b"both")
+        assert read_all(store, store.lookup(ROOT_INO, b"b")[0]) == b"both"
+        store.drop(again)
+        assert read_all(store, store.lookup(ROOT_INO, b"b")[0]) == b"both"
+        assert store.getattr(store.lookup(ROOT_INO, b"b")[0]).nlink == 1
+
+    def test_what_was_removed_cannot_be_held(self, store: Store) -> None:
+        ino, _ = store.create(ROOT_INO, b"a", 0o644, ME)
+        store.unlink(ROOT_INO, b"a")
+        assert fails_with(errno.ESTALE, lambda: store.hold(ino))
 
     def test_a_directory_that_moved_is_still_found(self, store: Store) -> None:
         d, _ = store.mkdir(ROOT_INO, b"d", 0o755, ME)

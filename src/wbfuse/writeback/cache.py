@@ -47,15 +47,17 @@ class File:
     """What the cache holds of one file: the pure FileCache and what surrounds it."""
 
     __slots__ = (
-        "attr", "core", "error", "error_sequence", "failures", "ino", "opens", "retry_at", "syncing", "unlinked",
-        "unsynced", "waiters",
+        "attr", "attr_version", "copying", "core", "error", "error_sequence", "failures", "ino", "opens", "retry_at",
+        "synced", "syncing", "unlinked", "version", "waiters",
     )  # fmt: skip
 
     def __init__(self, ino: int, attr: Attr, seal_bytes: int) -> None:
         self.ino = ino
         self.core = FileCache(ino, attr.size, attr.mtime_ns, seal_bytes)
         self.attr = attr
-        """As the store last said; size and mtime are the core's."""
+        """As the store last said; size and times are the core's."""
+        self.attr_version = 0
+        """Counts settings of `attr`, so that an older answer of the store does not replace a newer one."""
         self.opens = 0
         self.waiters: list[Waiter] = []
         self.error = 0
@@ -64,19 +66,31 @@ class File:
         self.failures = 0
         self.retry_at = 0.0
         self.syncing = False
-        self.unsynced = False
-        """Something was committed since the store was last asked to make it durable."""
+        self.copying = False
+        """The store copies into it: no round may begin."""
+        self.version = 1
+        """Counts what the store was given. What it was given before this state began may not be durable: so 1."""
+        self.synced = 0
+        """The version that the store has made durable."""
         self.unlinked = False
 
     def shown(self) -> Attr:
         """The attributes as stat must show them."""
         core = self.core
         blocks = self.attr.blocks + (core.dirty_bytes >> 9)
-        return replace(self.attr, size=core.size, mtime_ns=core.mtime_ns, blocks=blocks)
+        atime = self.attr.atime_ns if core.atime_ns is None else core.atime_ns
+        return replace(self.attr, size=core.size, mtime_ns=core.mtime_ns, atime_ns=atime, blocks=blocks)
+
+    def set_attr(self, attr: Attr) -> None:
+        """The store says so. Held: the cache's lock."""
+        if self.unlinked:
+            attr.nlink = 0
+        self.attr = attr
+        self.attr_version += 1
 
     @property
     def busy(self) -> bool:
-        return self.core.in_flight or self.syncing
+        return self.core.in_flight or self.syncing or self.copying
 
 
 class WritebackCache:
@@ -120,6 +134,12 @@ class WritebackCache:
         self.draining = 0
         self.in_flight_bytes = 0
         self.last_error = ""
+        self.closing = False
+        """Nobody waits for room any more: the mount ends though its store does not answer."""
+        self.epoch = 0
+        """Counts states that were let go."""
+        self._let_go: deque[int] = deque(maxlen=4096)
+        """Their inos, the latest last."""
 
     # the reader's side
 
@@ -136,6 +156,8 @@ class WritebackCache:
             try:
                 return act()
             except LogFull:
+                if self.closing:
+                    raise OSError(errno.EIO, "the mount is ending") from None
                 self._want_room()
                 self.room.wait(1.0)
 
@@ -173,16 +195,30 @@ class WritebackCache:
             forget = self._forgettable(f)
         self._answer_all(gone)
         if forget:
-            self.store.drop(f.ino)
+            self.drop(f.ino)
+
+    def drop(self, ino: int) -> None:
+        """Tell the store that `ino` is not held any more. Nobody waits for what it says, so it is logged."""
+        try:
+            self.store.drop(ino)
+        except OSError:
+            log.exception("node %d could not be dropped", ino)
+
+    def let_go_since(self, epoch: int, ino: int) -> bool:
+        """Whether the state of `ino` was let go after `epoch`: what the store said in between may be old."""
+        with self.lock:
+            n = self.epoch - epoch
+            return ino not in self.files and n > 0 and (n > len(self._let_go) or ino in list(self._let_go)[-n:])
 
     def _forgettable(self, f: File) -> bool:
         """Held: lock. Take `f` out where nothing needs it; the caller then drops it in the store, without the lock."""
         if f.opens or f.busy or f.core.generations or f.waiters or self.files.get(f.ino) is not f:
             return False
         del self.files[f.ino]
-        self.dirty.pop(f.ino, None)
-        self.urgent.pop(f.ino, None)
-        self.failing.pop(f.ino, None)
+        for queue in (self.dirty, self.urgent, self.full, self.failing):
+            queue.pop(f.ino, None)
+        self.epoch += 1
+        self._let_go.append(f.ino)
         return True
 
     # changes
@@ -237,8 +273,6 @@ class WritebackCache:
             flags = (atime_ns is not None) | (mtime_ns is not None) << 1
             token = self._note(Kind.TIMES, unique, f.ino, atime_ns or 0, mtime_ns or 0, flags)
             f.core.set_times(atime_ns, mtime_ns, self.clock(), self.log.sequence, token)
-            if atime_ns is not None:
-                f.attr.atime_ns = atime_ns
             self._dirtied(f)
 
     def _note(self, kind: Kind, unique: int, ino: int, offset: int, length: int, flags: int = 0) -> int:
@@ -274,7 +308,7 @@ class WritebackCache:
             forget = self._forgettable(f)
         self._answer_all(answers)
         if forget:
-            self.store.drop(ino)
+            self.drop(ino)
 
     def _discard(self, f: File) -> list[Callable[[], None]]:
         """Held: lock. Forget the dirty data of a file that nobody can reach. Answers replies to send."""
@@ -347,7 +381,7 @@ class WritebackCache:
         """
         with self.lock:
             number = f.core.seal()
-            if not number and not f.unsynced and not f.busy:
+            if not number and f.synced == f.version and not f.busy:
                 return True
             f.waiters.append(Waiter(number, done))
             f.retry_at = 0.0
@@ -371,27 +405,33 @@ class WritebackCache:
             return False
 
     def drain(self, on_progress: Callable[[int], None], give_up: Callable[[], bool]) -> list[tuple[int, int]]:
-        """Commit everything and make it durable. `on_progress` gets the bytes left, about five times a second.
+        """Commit everything that was accepted before the call and make it durable, whatever comes in meanwhile.
 
-        Answers (ino, errno) of files that failed, where every file left has failed since the call, or where
-        `give_up` says so; their data stays and is tried again.
+        `on_progress` gets the bytes left, about five times a second. Answers (ino, errno) of files that failed:
+        where every file left has failed since the call, or where `give_up` says so; their data stays and is tried
+        again. Raises OSError where the store cannot make durable what it has.
         """
         with self.lock:
             self.draining += 1
             for f in self.failing.values():
                 f.retry_at = 0.0
-            before = {f.ino: f.error_sequence for f in self.files.values()}
+            # By number, not by emptiness: beside a writer that never stops there is no moment when all is clean.
+            wanted = {f.ino: (f, f.core.seal(), f.error_sequence) for f in self.files.values()}
+            for f, number, _ in wanted.values():
+                if number and not f.busy:
+                    self.full[f.ino] = f
             self.work.notify_all()
         try:
             while True:
                 with self.lock:
-                    left = [f for f in self.files.values() if f.core.generations or f.busy]
-                    failed = [f for f in left if f.error_sequence > before.get(f.ino, 0)]
+                    left = [w for w in wanted.values() if self.files.get(w[0].ino) is w[0] and _pending(w[0], w[1])]
+                    failed = [f for f, _, sequence in left if f.error_sequence > sequence]
                     if not left:
+                        versions = {f: f.version for f in self.files.values()}
                         break
                     if len(failed) == len(left) or give_up():
-                        return [(f.ino, f.error) for f in left]
-                    pending = sum(f.core.dirty_bytes for f in left)
+                        return [(f.ino, f.error) for f, _, _ in left]
+                    pending = sum(f.core.dirty_bytes for f, _, _ in left)
                     self.room.wait(0.2)
                 on_progress(pending)
         finally:
@@ -399,18 +439,57 @@ class WritebackCache:
                 self.draining -= 1
         self.store.sync_all()
         with self.lock:
-            for f in self.files.values():
-                f.unsynced = f.unsynced and bool(f.core.generations or f.busy)
+            for f, version in versions.items():
+                f.synced = max(f.synced, version)
         on_progress(0)
         return []
+
+    # copies inside the store
+
+    def begin_copy(self, source: int, target: int) -> File | None:
+        """Keep rounds off `target` while the store copies into it. EOPNOTSUPP where either file has unwritten data.
+
+        Answers the target's state for `end_copy`, None where it has none.
+        """
+        with self.lock:
+            files = [self.files.get(source), self.files.get(target)]
+            if any(f is not None and (f.core.generations or f.busy) for f in files):
+                raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+            f = files[1]
+            if f is not None:
+                f.copying = True
+            return f
+
+    def end_copy(self, f: File, end: int, mtime_ns: int) -> None:
+        """The store has the bytes up to `end`."""
+        with self.lock:
+            f.copying = False
+            f.version += 1
+            f.core.grown(end, mtime_ns)
+            self.requeue(f)
+
+    def requeue(self, f: File) -> None:
+        """Held: lock. A file that is idle again goes where the engine finds it."""
+        if f.core.generations:
+            self.dirty[f.ino] = f
+            if f.core.generations[0].sealed:
+                self.full[f.ino] = f
+        if f.waiters:
+            self.urgent[f.ino] = f
+        if f.core.generations or f.waiters:
+            self.work.notify()
 
     # the log's own housekeeping
 
     def clean(self) -> bool:
-        """Held: lock. Copy the live bytes out of a mostly dead segment. Answers whether one became free."""
-        s = self.log.sparse()
-        if s is None:
-            return False
+        """Held: lock. Copy the live bytes out of a mostly dead segment. Answers whether one became free.
+
+        A segment that holds notes, or bytes of a round in flight, cannot be emptied now; the next one is tried.
+        """
+        return any(self._gather(s) for s in self.log.sparse())
+
+    def _gather(self, s: Segment) -> bool:
+        """Held: lock. Copy what is live in `s` to the side segment. Answers whether `s` became free."""
         low, high = s.base, s.base + self.log.segment_size
         found = []
         for f in self.files.values():
@@ -425,7 +504,7 @@ class WritebackCache:
             try:
                 moved = self.log.put(self.log.view(place, length))
             except LogFull:
-                return freed
+                break
             self.log.stamp(Kind.WRITE, 0, f.ino, start, length, moved)
             g.extents.move(i, moved)
             freed |= self.log.release([(place, length)])
@@ -453,3 +532,8 @@ class WritebackCache:
 
 def _settle(waiter: Waiter, error: int) -> Callable[[], None]:
     return lambda: waiter.done(error)
+
+
+def _pending(f: File, number: int) -> bool:
+    """Whether generations up to `number` are not committed."""
+    return bool(f.core.generations) and f.core.generations[0].number <= number

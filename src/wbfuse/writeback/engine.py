@@ -81,9 +81,9 @@ class Engine:
                 cache.dirty.setdefault(ino, failed)
                 cache.dirty.move_to_end(ino, last=False)
                 cache.full[ino] = failed
-        f = _first(cache.urgent) or self._oldest(now)
+        f = next((f for f in cache.urgent.values() if f.retry_at <= now), None) or self._oldest(now)
         if f is not None:
-            for queue in (cache.urgent, cache.full, cache.dirty):
+            for queue in (cache.urgent, cache.full, cache.dirty, cache.failing):
                 queue.pop(f.ino, None)
         return f
 
@@ -110,7 +110,7 @@ class Engine:
     def _due(self, now: float) -> float | None:
         """Held: lock. Seconds until `_pick` may find something by time alone."""
         cache = self.cache
-        times = [f.retry_at for f in cache.failing.values()]
+        times = [f.retry_at for f in (*cache.failing.values(), *cache.urgent.values())]
         oldest = _first(cache.dirty)
         if oldest is not None:
             times.append(oldest.core.generations[0].born + self.dirty_expire)
@@ -138,6 +138,8 @@ class Engine:
                 if g is not None:
                     cache.in_flight_bytes += g.extents.bytes
                     self._heavy += g.extents.bytes >= _HEAVY
+                if cache.dirty or cache.failing or cache.urgent:
+                    cache.work.notify()  # somebody else must watch what becomes due next
             try:
                 error = self._commit(f, g) if g is not None else self._sync(f)
             except Exception:  # a defect of a store must not end write-back
@@ -150,6 +152,7 @@ class Engine:
         bandwidth = cache.limits.bandwidth
         with cache.lock:
             bandwidth.start(cache.clock())
+            seen = f.attr_version
             piece = cache.store.capabilities.preferred_piece
             if bandwidth.measured:
                 piece = max(_PIECE_LEAST, min(piece, int(bandwidth.value * _PIECE_SECONDS) & -4096))
@@ -161,23 +164,21 @@ class Engine:
         except OSError as e:
             return e.errno or errno.EIO
         with cache.lock:
-            nlink = f.attr.nlink
-            f.attr = attr
-            if f.unlinked:
-                f.attr.nlink = nlink
-            f.unsynced = True
-        return self._sync(f) if self._somebody_waits(f, g) else 0
-
-    def _somebody_waits(self, f: File, g: Generation) -> bool:
-        with self.cache.lock:
-            return any(w.generation <= g.number for w in f.waiters)
+            f.version += 1
+            if f.attr_version == seen:  # else somebody has set a mode or owner since, and knows better
+                f.set_attr(attr)
+            waited_for = any(w.generation <= g.number for w in f.waiters)
+        return self._sync(f) if waited_for else 0
 
     def _sync(self, f: File) -> int:
+        with self.cache.lock:
+            version = f.version
         try:
             self.cache.store.sync(f.ino)
         except OSError as e:
             return e.errno or errno.EIO
-        f.unsynced = False
+        with self.cache.lock:
+            f.synced = max(f.synced, version)
         return 0
 
     def _progress(self, done: int) -> None:
@@ -193,7 +194,10 @@ class Engine:
             if changed:
                 self._told = value
         if changed and self.on_bandwidth is not None:
-            self.on_bandwidth(value)
+            try:
+                self.on_bandwidth(value)
+            except OSError:
+                log.exception("the kernel's share could not be set")
 
     def _finish(self, f: File, g: Generation | None, error: int) -> None:
         """The round of `g` (or, where None, a sync alone) has ended."""
@@ -212,11 +216,12 @@ class Engine:
                 answers += self._failed(f, error)
             else:
                 f.failures = 0
-                done = g.number if g is not None else 0
-                ready = [w for w in f.waiters if w.generation <= done or not f.core.generations]
-                f.waiters = [w for w in f.waiters if w not in ready]
-                answers += [_call(w.done, 0) for w in ready]
-                self._requeue(f)
+                if f.synced == f.version:  # else somebody began to wait during the commit: a sync of its own follows
+                    oldest = f.core.generations[0].number if f.core.generations else None
+                    ready = [w for w in f.waiters if oldest is None or w.generation < oldest]
+                    f.waiters = [w for w in f.waiters if w not in ready]
+                    answers += [_call(w.done, 0) for w in ready]
+                cache.requeue(f)
             if f.unlinked and not f.opens:
                 answers += cache._discard(f)
             forget = cache._forgettable(f)
@@ -225,19 +230,7 @@ class Engine:
         for answer in answers:
             answer()
         if forget:
-            cache.store.drop(f.ino)
-
-    def _requeue(self, f: File) -> None:
-        """Held: lock. A file that is idle again goes where it belongs."""
-        cache = self.cache
-        if f.core.generations:
-            cache.dirty[f.ino] = f
-            if f.core.generations[0].sealed:
-                cache.full[f.ino] = f
-        if f.waiters:
-            cache.urgent[f.ino] = f
-        if f.core.generations or f.waiters:
-            cache.work.notify()
+            cache.drop(f.ino)
 
     def _failed(self, f: File, error: int) -> list[Callable[[], None]]:
         """Held: lock. Keep the data, note the error, try again later. Answers the replies to send."""

@@ -47,12 +47,14 @@ class Generation:
 class FileCache:
     """What is known of one file beyond the store. Sizes and offsets in bytes, times in ns where they say so."""
 
-    __slots__ = ("_numbers", "generations", "in_flight", "ino", "mtime_ns", "seal_bytes", "size")
+    __slots__ = ("_numbers", "atime_ns", "generations", "in_flight", "ino", "mtime_ns", "seal_bytes", "size")
 
     def __init__(self, ino: int, size: int, mtime_ns: int, seal_bytes: int) -> None:
         self.ino = ino
         self.size = size
         self.mtime_ns = mtime_ns
+        self.atime_ns: int | None = None
+        """Where it was set and is not committed yet."""
         self.seal_bytes = seal_bytes
         self.generations: list[Generation] = []
         """Oldest first; the last may be open."""
@@ -68,7 +70,7 @@ class FileCache:
         return self.generations[-1]
 
     def _full(self, g: Generation) -> None:
-        if g.extents.bytes >= self.seal_bytes or len(g.extents) >= MAX_EXTENTS:
+        if g.extents.bytes >= self.seal_bytes or len(g.extents) >= MAX_EXTENTS or len(g.tokens) >= MAX_EXTENTS:
             g.sealed = True
 
     def write(
@@ -102,6 +104,7 @@ class FileCache:
         g.mtime_ns = self.mtime_ns
         g.sequence = sequence
         g.tokens.append(token)
+        self._full(g)
         return dropped
 
     def zero(
@@ -128,9 +131,18 @@ class FileCache:
         g.sequence = sequence
         g.size = self.size
         if atime_ns is not None:
-            g.atime_ns = atime_ns
+            g.atime_ns = self.atime_ns = atime_ns
         if mtime_ns is not None:
             g.mtime_ns = self.mtime_ns = mtime_ns
+        self._full(g)
+
+    def grown(self, end: int, mtime_ns: int) -> None:
+        """The store itself has put bytes up to `end` below all generations (a copy inside it)."""
+        self.size = max(self.size, end)
+        self.mtime_ns = mtime_ns
+        for g in self.generations:
+            g.size = max(g.size, end)
+            g.mtime_ns = mtime_ns
 
     # reading
 
@@ -170,7 +182,12 @@ class FileCache:
     def end(self, ok: bool) -> Generation | None:
         """The round in flight has ended. On success answers its generation, whose log bytes are free now."""
         self.in_flight = False
-        return self.generations.pop(0) if ok else None
+        if not ok:
+            return None
+        g = self.generations.pop(0)
+        if g.atime_ns == self.atime_ns:
+            self.atime_ns = None
+        return g
 
     def discard(self) -> list[Generation]:
         """Nobody can see the file any more: forget all but what is in flight. Answers what was forgotten."""

@@ -68,7 +68,7 @@ def segment_size(log_size: int, max_write: int) -> int:
 
 
 class Segment:
-    __slots__ = ("base", "index", "live", "pins", "records", "used", "warm")
+    __slots__ = ("base", "index", "live", "notes", "pins", "records", "used", "warm")
 
     def __init__(self, index: int, base: int) -> None:
         self.index = index
@@ -78,6 +78,8 @@ class Segment:
         self.records = 0
         self.live = 0
         """Bytes that some extent refers to, and records.SIZE for each pending change without payload."""
+        self.notes = 0
+        """Pending changes without payload whose records stand here."""
         self.pins = 0
         """Readers that are copying out of it."""
         self.warm = False
@@ -192,6 +194,7 @@ class Log:
         """
         s = self._side_room(0)
         s.live += records.SIZE
+        s.notes += 1
         self._stamp(s, kind, unique, ino, offset, length, 0, flags)
         return s.index
 
@@ -234,6 +237,7 @@ class Log:
         for index in tokens:
             s = self.segments[index]
             s.live -= records.SIZE
+            s.notes -= 1
             if s.live == 0:
                 freed |= self._recycle(s)
         return freed
@@ -259,11 +263,13 @@ class Log:
         self._free.append(s)
         return True
 
-    def sparse(self) -> Segment | None:
-        """The segment, the tail apart, of whose used bytes the fewest are live; None where none is under a quarter."""
+    def sparse(self) -> list[Segment]:
+        """Segments that could be emptied by copying: under a quarter live, no notes, no pins; the emptiest first."""
         busy = (self._receiving, self._side)
-        full = [s for s in self.segments if s.used and s not in busy and not s.pins and s.live * 4 < s.used]
-        return min(full, key=lambda s: s.live, default=None)
+        found = [
+            s for s in self.segments if s.used and s not in busy and not s.pins and not s.notes and s.live * 4 < s.used
+        ]
+        return sorted(found, key=lambda s: s.live)
 
     def view(self, place: int, length: int) -> memoryview:
         return self._view[place : place + length]

@@ -3,7 +3,10 @@
 Pure memory. A node is identified by (device, inode, birth time): hard links are one node, and a file that got the
 inode number of a removed one is another. Numbers come from a counter and are never used twice.
 
-Lock: the store's `names` lock guards the whole table.
+A node stays while somebody above has a reference to it (`lookups`, `holds`) and while another node is found through
+it (`children`): a dirty file must find its way though the kernel has forgotten the directory.
+
+Lock: the store's `_table` guards all of it, for an instant at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ from wbfuse.store.contract import ROOT_INO
 from wbfuse.store.directory.syscalls import Identity
 
 Place = tuple[int, bytes]
-"""(parent ino, name)."""
+"""(parent ino, name). Parent 0 is the orphanage: a link of wbfuse's own that keeps an unlinked open file."""
+
+ORPHANAGE = 0
 
 
 @dataclass(slots=True)
@@ -24,12 +29,17 @@ class Node:
     kind: int
     """The file type, S_IFMT part of the mode."""
     places: list[Place] = field(default_factory=list)
-    """Names by which it was seen, the freshest last. Empty for the root."""
+    """Names by which it was seen, the freshest last. Empty for the root, and for what is gone."""
+    lookups: int = 0
+    """References that `Found` answers gave and `forget` has not taken back."""
     holds: int = 0
-    orphan: bool = False
-    """It has no name of its own left; its place is in the orphanage."""
-    known: bool = True
-    """Somebody above may still ask for it."""
+    children: int = 0
+    """Places of other nodes that name this one as parent."""
+
+    @property
+    def orphan(self) -> bool:
+        """It has a link in the orphanage, which nobody shall see counted."""
+        return any(parent == ORPHANAGE for parent, _ in self.places)
 
 
 class Nodes:
@@ -37,37 +47,63 @@ class Nodes:
 
     def __init__(self, root: Identity, kind: int) -> None:
         self._next = ROOT_INO + 1
-        top = Node(ROOT_INO, root, kind)
+        top = Node(ROOT_INO, root, kind, lookups=1)
         self.by_ino: dict[int, Node] = {ROOT_INO: top}
         self._by_identity: dict[Identity, Node] = {root: top}
 
-    def see(self, identity: Identity, kind: int, place: Place | None) -> Node:
-        """The node of a file just found at `place`, made where it is new."""
+    def see(self, identity: Identity, kind: int, place: Place) -> Node:
+        """The node of a file just found at `place`, made where it is new, with one more lookup."""
         node = self._by_identity.get(identity)
         if node is None:
             node = Node(self._next, identity, kind)
             self._next += 1
             self.by_ino[node.ino] = node
             self._by_identity[identity] = node
-        node.known = True
-        if place is not None:
-            self.moved(node, None, place)
+        node.lookups += 1
+        self.add(node, place)
         return node
 
     def find(self, identity: Identity) -> Node | None:
         return self._by_identity.get(identity)
 
-    def moved(self, node: Node, old: Place | None, new: Place | None) -> None:
-        """A name of `node` has gone or come."""
-        if old is not None and old in node.places:
-            node.places.remove(old)
-        if new is not None and node.ino != ROOT_INO and (not node.places or node.places[-1] != new):
-            if new in node.places:
-                node.places.remove(new)
-            node.places.append(new)
+    def add(self, node: Node, place: Place) -> None:
+        """`node` was seen at `place`, which becomes its freshest."""
+        if node.ino == ROOT_INO or (node.places and node.places[-1] == place):
+            return
+        if place in node.places:
+            node.places.remove(place)
+        else:
+            parent = self.by_ino.get(place[0])
+            if parent is not None:
+                parent.children += 1
+        node.places.append(place)
 
-    def remove(self, node: Node) -> None:
-        """The file is gone for good, or nobody knows it any more."""
-        self.by_ino.pop(node.ino, None)
+    def lose(self, node: Node, place: Place) -> list[int]:
+        """`node` is not at `place` any more. Answers the numbers of nodes that nobody needs now."""
+        if place not in node.places:
+            return []
+        node.places.remove(place)
+        parent = self.by_ino.get(place[0])
+        if parent is None:
+            return []
+        parent.children -= 1
+        return self.settle(parent)
+
+    def settle(self, node: Node) -> list[int]:
+        """Remove `node` where nobody needs it, and those that it alone kept. Answers their numbers."""
+        if node.ino == ROOT_INO or node.lookups > 0 or node.holds > 0 or node.children > 0:
+            return []
+        if self.by_ino.get(node.ino) is not node:
+            return []
+        del self.by_ino[node.ino]
+        if self._by_identity.get(node.identity) is node:
+            del self._by_identity[node.identity]
+        gone = [node.ino]
+        for place in list(node.places):
+            gone += self.lose(node, place)
+        return gone
+
+    def replaced(self, node: Node) -> None:
+        """The file is gone from the store for good: its identity may be another's soon."""
         if self._by_identity.get(node.identity) is node:
             del self._by_identity[node.identity]

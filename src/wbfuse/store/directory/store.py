@@ -4,9 +4,8 @@ Descriptors are a cache (`fds`); a node that has none is found again by its last
 identity is verified: another file in its place is ESTALE. An unlinked file that is open is moved to
 `.wbfuse/orphans/` and removed when it is closed, so it needs no descriptor either. `.wbfuse` itself is not shown.
 
-Locks: `_counts` guards the holds of nodes, for an instant. `names` (re-entrant) guards the node table, and is held
-over the system calls that move or remove names, so a place in the table is right whenever `names` is held. Reads of
-the table try without it and come back with it.
+Locks: `names` is held over the system calls that move or remove names, so that whoever holds it finds every file
+where the table says; `_table` guards the node table, for an instant, and may be taken with `names` held.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from wbfuse.store.contract import ROOT_INO, Capabilities, Change, Found, Owner, 
 from wbfuse.store.directory import syscalls
 from wbfuse.store.directory.data import DirectoryData
 from wbfuse.store.directory.fds import Fd, FdCache
-from wbfuse.store.directory.nodes import Node, Nodes, Place
+from wbfuse.store.directory.nodes import ORPHANAGE, Node, Nodes, Place
 from wbfuse.wire.constants import RENAME_EXCHANGE, RENAME_NOREPLACE
 from wbfuse.wire.types import Attr, Dirent, Statfs
 
@@ -68,8 +67,9 @@ class DirectoryStore(DirectoryData, Store):
         self._dirs = FdCache(share // 2)
         self._listings = FdCache(min(256, share // 2))
         attr, identity = syscalls.statx(self._root.n)
+        self._device = identity[0]
         self.names = threading.RLock()
-        self._counts = threading.Lock()
+        self._table = threading.Lock()
         self._nodes = Nodes(identity, stat.S_IFMT(attr.mode))
         self._orphanage: Fd | None = None
         DirectoryData.__init__(self, share)
@@ -133,9 +133,11 @@ class DirectoryStore(DirectoryData, Store):
     def _open_at_place(self, node: Node, flags: int) -> Fd:
         """Open `node` by one of its names and verify that it is still that file. ESTALE where none fits."""
         error: OSError | None = None
-        for parent, name in reversed(list(node.places)):
+        with self._table:
+            places = list(node.places)
+        for parent, name in reversed(places):
             try:
-                at = self._orphans() if node.orphan else self.dir_fd(parent)
+                at = self._orphans() if parent == ORPHANAGE else self.dir_fd(parent)
                 fd = Fd(os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at.n))
             except OSError as e:
                 if e.errno not in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ESTALE):
@@ -176,8 +178,13 @@ class DirectoryStore(DirectoryData, Store):
 
     def _seen(self, parent: int, name: bytes, fd: int, at: bytes) -> Found:
         attr, identity = syscalls.statx(fd, at)
-        with self.names:
+        if identity[0] != self._device:
+            # Neither orphans nor sync could reach a file system mounted inside the source.
+            raise OSError(errno.EXDEV, "another file system is mounted here", name)
+        with self._table:
             node = self._nodes.see(identity, stat.S_IFMT(attr.mode), (parent, name))
+            if node.orphan:
+                attr.nlink -= 1
         return node.ino, attr
 
     def lookup(self, parent: int, name: bytes) -> Found:
@@ -187,19 +194,21 @@ class DirectoryStore(DirectoryData, Store):
         at = self.dir_fd(parent)
         return self._seen(parent, name, at.n, name)
 
-    def forget(self, ino: int) -> None:
-        if ino == ROOT_INO:
-            return
-        with self.names:
+    def forget(self, ino: int, nlookup: int = 1) -> None:
+        with self._table:
             node = self._nodes.by_ino.get(ino)
-            if node is None:
+            if node is None or ino == ROOT_INO:
                 return
-            node.known = False
-            if node.holds == 0:
-                self._nodes.remove(node)
-                self._dirs.discard(ino)
-                self._listings.discard(ino)
-                self.forget_data(ino)
+            node.lookups -= nlookup
+            gone = self._nodes.settle(node)
+        self._close_all(gone)
+
+    def _close_all(self, gone: list[int]) -> None:
+        """The descriptors of nodes that are no more."""
+        for ino in gone:
+            self._dirs.discard(ino)
+            self._listings.discard(ino)
+            self.forget_data(ino)
 
     # making
 
@@ -242,10 +251,12 @@ class DirectoryStore(DirectoryData, Store):
             fd = Fd(os.open(temporary, flags, mode & 0o7777, dir_fd=orphans.n), writable=True)
             self._own(parent, fd.n, mode, owner)
             attr, identity = syscalls.statx(fd.n)
-            node = self._nodes.see(identity, stat.S_IFMT(attr.mode), None)
-            place = (0, b"%d" % node.ino)
+            with self._table:
+                node = self._nodes.see(identity, stat.S_IFMT(attr.mode), (ORPHANAGE, temporary))
+                self._nodes.lose(node, (ORPHANAGE, temporary))
+                place = (ORPHANAGE, b"%d" % node.ino)
+                self._nodes.add(node, place)
             os.rename(temporary, place[1], src_dir_fd=orphans.n, dst_dir_fd=orphans.n)
-            node.orphan, node.places = True, [place]
         self.keep_data_fd(node.ino, fd)
         attr.nlink = 0
         return node.ino, attr
@@ -279,11 +290,13 @@ class DirectoryStore(DirectoryData, Store):
         with self.names:
             node = self._node(ino)
             path = self.open_node(ino, os.O_PATH)
-            if node.orphan:
-                # A tmpfile gets its first name: the orphanage's link is moved there, unless the name is taken.
+            own = next((place for place in node.places if place[0] == ORPHANAGE), None)
+            if own is not None and syscalls.statx(path.n)[0].nlink == 1:
+                # It gets a name again: the orphanage's link is moved there, unless the name is taken.
                 orphans = self._orphans()
-                syscalls.renameat2(orphans.n, node.places[-1][1], at.n, name, RENAME_NOREPLACE)
-                node.orphan, node.places = False, []
+                syscalls.renameat2(orphans.n, own[1], at.n, name, RENAME_NOREPLACE)
+                with self._table:
+                    self._nodes.lose(node, own)
             else:
                 os.link(_proc(path), name, dst_dir_fd=at.n, follow_symlinks=True)
             return self._seen(parent, name, at.n, name)
@@ -299,39 +312,63 @@ class DirectoryStore(DirectoryData, Store):
     # removing and moving
 
     def _victim(self, at: Fd, name: bytes) -> tuple[Node | None, int]:
-        """The known node under a name that is about to lose it, and its links now. Held: names."""
+        """The known node under a name that is about to lose it, and its links now (0 for a directory). Held: names."""
         attr, identity = syscalls.statx(at.n, name)
-        node = self._nodes.find(identity)
+        with self._table:
+            node = self._nodes.find(identity)
+        if node is not None and node.orphan:
+            attr.nlink -= 1
         return node, 0 if stat.S_ISDIR(attr.mode) else attr.nlink
 
-    def _left(self, node: Node | None, place: Place, links: int) -> tuple[int, int]:
-        """Book that `place` is gone, where `links` are left on disk. Held: names."""
+    def _must_keep(self, node: Node | None, place: Place, links: int) -> bool:
+        """Whether the file is open and would be found nowhere once `place` is gone: its last link, or its last
+        known one, for there may be others that nobody has looked up."""
+        if node is None or not node.holds or links == 0 or node.orphan:
+            return False
+        return links == 1 or not [p for p in node.places if p != place]
+
+    def _shelter(self, node: Node, at: Fd, name: bytes) -> None:
+        """Give an open file a link in the orphanage, under its number. Held: names."""
+        orphans = self._orphans()
+        os.link(name, b"%d" % node.ino, src_dir_fd=at.n, dst_dir_fd=orphans.n, follow_symlinks=False)
+        with self._table:
+            self._nodes.add(node, (ORPHANAGE, b"%d" % node.ino))
+
+    def _unshelter(self, node: Node) -> None:
+        """Remove the link again. Held: names."""
+        place, orphans = (ORPHANAGE, b"%d" % node.ino), self._orphans()
+        os.unlink(place[1], dir_fd=orphans.n)
+        with self._table:
+            self._nodes.lose(node, place)
+
+    def _lost(self, node: Node | None, place: Place, links: int) -> tuple[int, int]:
+        """Book that `place` is gone, where `links` are left that others can see. Held: names."""
         if node is None:
             return 0, links
-        self._nodes.moved(node, place, None)
-        if links == 0 and node.holds == 0:
-            self.forget_data(node.ino)
+        with self._table:
+            gone = self._nodes.lose(node, place)
+            if links == 0 and not node.holds:
+                self._nodes.replaced(node)
+                gone.append(node.ino)
+        self._close_all(gone)
         return node.ino, links
-
-    def _to_orphanage(self, node: Node, at: Fd, name: bytes, keep_name: bool) -> None:
-        """The last link of an open file: keep the file, under its number. Held: names."""
-        orphans, place = self._orphans(), (0, b"%d" % node.ino)
-        if keep_name:  # a rename will replace the name itself
-            os.link(name, place[1], src_dir_fd=at.n, dst_dir_fd=orphans.n, follow_symlinks=False)
-        else:
-            os.rename(name, place[1], src_dir_fd=at.n, dst_dir_fd=orphans.n)
-        node.orphan, node.places = True, [place]
 
     def unlink(self, parent: int, name: bytes) -> tuple[int, int]:
         self._check(parent, name)
         at = self.dir_fd(parent)
+        place = (parent, name)
         with self.names:
             node, links = self._victim(at, name)
-            if node is not None and node.holds and links == 1:
-                self._to_orphanage(node, at, name, keep_name=False)
-                return node.ino, 0
-            os.unlink(name, dir_fd=at.n)
-            return self._left(node, (parent, name), links - 1)
+            keep = self._must_keep(node, place, links)
+            if keep and node is not None:
+                self._shelter(node, at, name)
+            try:
+                os.unlink(name, dir_fd=at.n)
+            except OSError:
+                if keep and node is not None:
+                    self._unshelter(node)
+                raise
+            return self._lost(node, place, links - 1)
 
     def rmdir(self, parent: int, name: bytes) -> None:
         self._check(parent, name)
@@ -339,9 +376,7 @@ class DirectoryStore(DirectoryData, Store):
         with self.names:
             node, _ = self._victim(at, name)
             os.rmdir(name, dir_fd=at.n)
-            if node is not None:
-                self._nodes.moved(node, (parent, name), None)
-                self._dirs.discard(node.ino)
+            self._lost(node, (parent, name), 0)
 
     def rename(self, parent: int, name: bytes, newparent: int, newname: bytes, flags: int) -> tuple[int, int]:
         self._check(parent, name)
@@ -356,28 +391,28 @@ class DirectoryStore(DirectoryData, Store):
             with contextlib.suppress(FileNotFoundError):
                 target, links = self._victim(to, newname)
             same = moving is not None and moving is target
-            replaces = target is not None and links == 1 and target.holds > 0 and not flags and not same
-            if replaces and target is not None:
-                self._to_orphanage(target, to, newname, keep_name=True)
+            keep = not flags and not same and self._must_keep(target, new, links)
+            if keep and target is not None:
+                self._shelter(target, to, newname)
             try:
                 syscalls.renameat2(at.n, name, to.n, newname, flags)
             except OSError:
-                if replaces and target is not None:
-                    orphans = self._orphans()
-                    os.unlink(target.places[-1][1], dir_fd=orphans.n)
-                    target.orphan, target.places = False, [new]
+                if keep and target is not None:
+                    self._unshelter(target)
                 raise
             if same:
                 return 0, links  # two names of one file: rename(2) does nothing
             if moving is not None:
-                self._nodes.moved(moving, old, new)
+                with self._table:
+                    self._nodes.add(moving, new)
+                self._lost(moving, old, 1)
             if flags & RENAME_EXCHANGE:
                 if target is not None:
-                    self._nodes.moved(target, new, old)
+                    with self._table:
+                        self._nodes.add(target, old)
+                    self._lost(target, new, 1)
                 return 0, 0
-            if replaces and target is not None:
-                return target.ino, 0
-            return self._left(target, new, links - 1)
+            return self._lost(target, new, links - 1)
 
     # listing
 
@@ -454,24 +489,34 @@ class DirectoryStore(DirectoryData, Store):
     # open files
 
     def hold(self, ino: int) -> None:
-        with self._counts:
-            self._node(ino).holds += 1
+        with self._table:
+            node = self._node(ino)
+            if not node.places and ino != ROOT_INO:
+                raise OSError(errno.ESTALE, "the file was removed")
+            node.holds += 1
 
     def drop(self, ino: int) -> None:
-        with self._counts:
+        with self._table:
             node = self._node(ino)
             node.holds -= 1
-            if node.holds or (node.known and not node.orphan):
+            if node.holds:
                 return
+            gone = [] if node.orphan else self._nodes.settle(node)
+        self._pinned.pop(ino, None)
+        self._close_all(gone)
+        if node.orphan:
+            self._bury(node)
+
+    def _bury(self, node: Node) -> None:
+        """An orphan was closed: its own link goes, and where that was the last one the file does."""
         with self.names:
-            if node.holds or self._nodes.by_ino.get(ino) is not node:
-                return
-            if node.orphan:
-                self.forget_data(ino)
-                orphans = self._orphans()
-                os.unlink(node.places[-1][1], dir_fd=orphans.n)
-                node.places = []
-                self._nodes.remove(node)
-            elif not node.known:
-                self._nodes.remove(node)
-                self.forget_data(ino)
+            if node.holds or not node.orphan:
+                return  # opened, or named, again meanwhile
+            orphans = self._orphans()
+            attr, _ = syscalls.statx(orphans.n, b"%d" % node.ino)
+            self._unshelter(node)
+            with self._table:
+                if attr.nlink == 1:
+                    self._nodes.replaced(node)
+                gone = self._nodes.settle(node)
+            self._close_all([node.ino, *gone])
