@@ -6,6 +6,7 @@ import ctypes
 import errno
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Mounted, Mounter, needs_mount, wbfuse
+from tests.conftest import Mounted, Mounter, mounted_here, needs_mount, wbfuse
 
 pytestmark = needs_mount
 MIB = 1 << 20
@@ -411,3 +412,136 @@ def test_a_set_user_id_file_loses_the_bit_when_written(mounter: Mounter) -> None
         assert not (m.source / "a").stat().st_mode & stat.S_ISUID
     else:
         assert not (m.source / "a").stat().st_mode & stat.S_ISGID
+
+
+def test_a_dirty_file_is_written_though_the_kernel_has_forgotten_its_directory(mounter: Mounter) -> None:
+    m = mounter(*BACKGROUND, "--dirty-expire", "1h")
+    (m.path / "d/e").mkdir(parents=True)
+    (m.path / "d/e/f").write_bytes(b"found again")
+    Path("/proc/sys/vm/drop_caches").write_text("2")
+    assert wait_until(lambda: {"FORGET", "BATCH_FORGET"} & set(m.status()["requests"]) != set())
+    m.umount()
+    assert (m.source / "d/e/f").read_bytes() == b"found again"
+
+
+def test_sync_ends_beside_writers_that_do_not(mounter: Mounter) -> None:
+    m = mounter("--bwlimit", "30MB/s", "--kernel-cache", "off", *BACKGROUND)
+    stop = threading.Event()
+
+    def write() -> None:
+        fd = os.open(m.path / "endless", os.O_CREAT | os.O_RDWR)
+        while not stop.is_set():
+            os.pwrite(fd, bytes(65536), os.fstat(fd).st_size % (64 * MIB))
+        os.close(fd)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    (m.path / "a").write_bytes(b"before the sync")
+    try:
+        assert wbfuse("sync", str(m.path)).returncode == 0
+        assert (m.source / "a").read_bytes() == b"before the sync"
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_store_that_cannot_make_durable_is_not_called_durable(
+    faulty: tuple[Mounter, Callable[[dict[str, object]], None]],
+) -> None:
+    make, script = faulty
+    m = make(*BACKGROUND)
+    (m.path / "a").write_bytes(b"x")
+    script({"sync_all": "EIO"})
+    failed = wbfuse("sync", str(m.path))
+    assert failed.returncode == 1
+    assert "sync_all" in failed.stderr
+    script({})
+    assert wbfuse("sync", str(m.path)).returncode == 0
+
+
+def test_a_reopened_file_is_not_taken_for_durable(
+    faulty: tuple[Mounter, Callable[[dict[str, object]], None]],
+) -> None:
+    make, script = faulty
+    m = make(*BACKGROUND, "--dirty-expire", "10ms")
+    (m.path / "a").write_bytes(b"committed, not synced")
+    assert wait_until(lambda: m.status()["dirty_files"] == 0)
+    script({"sync": "EIO"})
+    fd = os.open(m.path / "a", os.O_RDWR)
+    with pytest.raises(OSError, match="Input/output"):
+        os.fsync(fd)
+    script({})
+    os.fsync(fd)
+    os.close(fd)
+
+
+def test_direct_writes_beyond_the_log_leave_names_quick_and_arrive(mounter: Mounter) -> None:
+    """128 MiB in flight at once against a log of 64: the kernel is asked to send again what found no room."""
+    import mmap
+
+    m = mounter("--bwlimit", "40MB/s", *BACKGROUND)
+    size = 128 * MIB
+    with open(m.source / "a", "wb") as f:
+        f.truncate(size)
+    fd = os.open(m.path / "a", os.O_RDWR | os.O_DIRECT)
+    buffer = mmap.mmap(-1, size)
+    for i in range(0, size, MIB):
+        buffer[i : i + 8] = i.to_bytes(8, "little")
+    written: list[int] = []
+    thread = threading.Thread(target=lambda: written.append(os.pwritev(fd, [buffer], 0)))
+    thread.start()
+    looked = 0
+    while thread.is_alive():
+        with pytest.raises(FileNotFoundError):
+            os.stat(m.path / f"none{looked}")
+        looked += 1
+    thread.join()
+    os.close(fd)
+    assert written == [size]
+    assert looked > 20
+    m.umount()
+    with open(m.source / "a", "rb") as f:
+        for i in range(0, size, MIB):
+            f.seek(i)
+            assert f.read(8) == i.to_bytes(8, "little")
+
+
+def test_sigterm_ends_a_mount_whose_store_fails_once_it_heals(
+    faulty: tuple[Mounter, Callable[[dict[str, object]], None]],
+) -> None:
+    make, script = faulty
+    m = make(*BACKGROUND)
+    pid = m.status()["worker"]["pid"]
+    script({"commit": "EIO"})
+    (m.path / "a").write_bytes(b"patience")
+    os.kill(pid, signal.SIGTERM)
+    assert wait_until(lambda: not mounted_here(m.path))
+    assert Path(f"/proc/{pid}").exists()
+    script({})
+    assert wait_until(lambda: not Path(f"/proc/{pid}").exists())
+    assert (m.source / "a").read_bytes() == b"patience"
+
+
+def test_a_second_signal_ends_it_all_the_same(faulty: tuple[Mounter, Callable[[dict[str, object]], None]]) -> None:
+    make, script = faulty
+    m = make(*BACKGROUND)
+    pid = m.status()["worker"]["pid"]
+    script({"commit": "EIO"})
+    (m.path / "a").write_bytes(b"lost, and said so")
+    os.kill(pid, signal.SIGTERM)
+    assert wait_until(lambda: not mounted_here(m.path))
+    os.kill(pid, signal.SIGTERM)
+    assert wait_until(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_attributes_set_during_a_commit_stay(faulty: tuple[Mounter, Callable[[dict[str, object]], None]]) -> None:
+    make, script = faulty
+    m = make(*BACKGROUND, "--dirty-expire", "10ms")
+    script({"stall": True})
+    (m.path / "a").write_bytes(b"x")
+    os.utime(m.path / "a", ns=(1_000_000_000, 2_000_000_000))
+    os.chmod(m.path / "a", 0o600)
+    script({})
+    m.umount()
+    found = (m.source / "a").stat()
+    assert (found.st_atime_ns, found.st_mtime_ns, found.st_mode & 0o777) == (1_000_000_000, 2_000_000_000, 0o600)

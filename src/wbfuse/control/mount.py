@@ -150,7 +150,7 @@ class Mount:
         """Somebody asked a second time: do not wait for a store that does not answer."""
         self._impatient.set()
         if self.cache is not None:
-            self.cache.closing = True
+            self.cache.close()
 
     @property
     def impatient(self) -> bool:

@@ -52,7 +52,7 @@ class WouldBlock(Exception):  # noqa: N818 - a signal of control, not an error
 class Request:
     """Who asks, for which node, and how to answer later. Made by the session; plain attributes."""
 
-    __slots__ = ("_finish", "blocking", "gid", "nodeid", "on_interrupt", "pid", "uid", "unique")
+    __slots__ = ("_finish", "again", "blocking", "gid", "nodeid", "on_interrupt", "pid", "uid", "unique")
 
     def __init__(self, unique: int, nodeid: int, uid: int, gid: int, pid: int, finish: Finish) -> None:
         self.unique = unique
@@ -62,6 +62,9 @@ class Request:
         self.pid = pid
         self.blocking = False
         """True where the method may wait."""
+        self.again = False
+        """Set on a parked request that could not be taken: when the kernel sends it again (NOTIFY_RESEND), it is served
+        as if it had never been here."""
         self.on_interrupt: Callable[[], None] | None = None
         """Called, from the reader thread, when the caller got a signal. It may fail the request with EINTR."""
         self._finish = finish

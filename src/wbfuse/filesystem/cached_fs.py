@@ -37,6 +37,7 @@ from wbfuse.wire.constants import (
     WRITE_KILL_SUIDGID,
     Cap,
 )
+from wbfuse.wire.negotiate import Agreement
 from wbfuse.wire.types import Attr, Entry, Opened
 from wbfuse.writeback.cache import FULL, File, WritebackCache
 from wbfuse.writeback.engine import Engine
@@ -60,12 +61,20 @@ class CachedFileSystem(StoreFileSystem):
         self.cache = cache
         self.engine = engine
         self.kernel_writeback = kernel_writeback
+        self.capabilities = StoreFileSystem.capabilities | Cap.HAS_RESEND
         if kernel_writeback:
             # Sizes and times are the kernel's own now: AUTO_INVAL_DATA would do nothing.
-            self.capabilities = StoreFileSystem.capabilities & ~Cap.AUTO_INVAL_DATA | Cap.WRITEBACK_CACHE
+            self.capabilities = self.capabilities & ~Cap.AUTO_INVAL_DATA | Cap.WRITEBACK_CACHE
 
     def receive_target(self) -> memoryview:
         return self.cache.receive_target()
+
+    def init(self, agreement: Agreement) -> None:
+        self.cache.can_resend = bool(agreement.capabilities & Cap.HAS_RESEND)
+        self.engine.on_room = self._ask_again
+
+    def _ask_again(self) -> None:
+        self.notify(replies.notify_resend())
 
     def destroy(self) -> None:
         try:
@@ -200,6 +209,11 @@ class CachedFileSystem(StoreFileSystem):
         self, request: Request, fh: int, offset: int, data: memoryview, write_flags: int, flags: int
     ) -> int | Parked:
         from_kernel_cache = bool(write_flags & WRITE_CACHE)
+        if not request.blocking and self.cache.at_scratch:
+            request.again = True
+            parked = request.park(None if from_kernel_cache else lambda: request.fail(errno.EINTR))
+            self.cache.overflow(request.fail)
+            return parked
         at_tail = not request.blocking
         f = self._file(request, request.nodeid)
         if write_flags & WRITE_KILL_SUIDGID and f.attr.mode & (stat.S_ISUID | stat.S_ISGID):

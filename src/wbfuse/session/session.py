@@ -6,6 +6,9 @@ Rules:
 - With one reader, what may block goes to the pool. With several (write-through), a reader may serve a blocking
   request itself while it holds one of `readers - 1` permits, so one reader at least is always reading; this saves
   the hand-over to another thread, which costs more than a 4 KiB request.
+- What the reader does not answer itself is `_held` until it is answered. After NOTIFY_RESEND the kernel sends every
+  unanswered request again with bit 63 of `unique` set: one that is held only learns its new unique, a reply that came
+  between is kept in `_late` and sent then, and the rest are served. So each is done once.
 - ENODEV and ECONNABORTED from the device are the normal end.
 """
 
@@ -19,7 +22,7 @@ import os
 import sys
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from functools import partial
 from struct import Struct
@@ -38,6 +41,8 @@ from wbfuse.wire.negotiate import Agreement, Wishes, negotiate
 log = logging.getLogger(__name__)
 
 _HELPERS = 32
+_LATE = 4096
+"""Replies that found no request, kept in case it is sent again. Most are of requests that a signal ended."""
 # Plain numbers: comparing with a member of an IntEnum costs a fifth of a microsecond, for each request.
 _READ, _WRITE = int(Opcode.READ), int(Opcode.WRITE)
 _GONE = (errno.ENODEV, errno.ECONNABORTED)
@@ -59,18 +64,20 @@ class _Way(Finish):
         self.raw = raw
 
     def park(self, request: Request) -> Parked:
-        self.session.parked[request.unique & ~UNIQUE_RESEND] = request
+        key = request.unique & ~UNIQUE_RESEND
+        self.session.hold(key, request)
+        self.session.parked[key] = request
         return PARKED
 
     def complete(self, request: Request, value: object, error: int) -> None:
         if self.session.parked.pop(request.unique & ~UNIQUE_RESEND, None) is None:
             return  # somebody else (an interrupt, most likely) was first
         if error:
-            self.session.send_error(request.unique, error)
+            self.session.send_error(request, error)
         elif self.raw:
-            self.session.send_data(request.unique, value)
+            self.session.send_data(request, value)
         else:
-            self.session.send_value(request.unique, self.encode, value)
+            self.session.send_value(request, self.encode, value)
 
 
 class Session:
@@ -86,6 +93,10 @@ class Session:
         self.debug = debug
         self.parked: dict[int, Request] = {}
         """By unique (without its resend bit). dict.pop is the one arbiter of who answers."""
+        self._held: dict[int, Request] = {}
+        self._late: OrderedDict[int, bytes] = OrderedDict()
+        self._resend_lock = threading.Lock()
+        """Guards `_held` against `_late` where a reply meets a resend; nothing else is held with it."""
         self.agreement: Agreement | None = None
         self.failure: str | None = None
         """Why the connection could not be negotiated."""
@@ -183,6 +194,8 @@ class Session:
                 log.error("a request of %d bytes says that it has %d; dropped", n, length)
                 continue
             counts[opcode & 63] += 1
+            if unique & UNIQUE_RESEND and self._known_already(unique):
+                continue
             if self.debug is not None:
                 self._trace(prefix, tail, n)
             if opcode == _WRITE:
@@ -204,9 +217,18 @@ class Session:
         if self._permits and self._take_permit():
             self._serve_write(request, fh, offset, tail[:size], write_flags, flags, permitted=True)
         else:
-            self.pool.submit(
-                partial(self._serve_write, request, fh, offset, memoryview(bytes(tail[:size])), write_flags, flags)
+            copy = memoryview(bytes(tail[:size]))
+            self._hand_over(
+                request, partial(self._serve_write, request, fh, offset, copy, write_flags, flags), self.pool
             )
+
+    def _copy_write(
+        self, request: Request, fh: int, offset: int, data: memoryview, write_flags: int, flags: int
+    ) -> None:
+        """To the pool, with a copy: the receive buffer is needed for the next request."""
+        copy = memoryview(bytes(data))
+        job = partial(self._serve_write, request, fh, offset, copy, write_flags, flags)
+        self._hand_over(request, job, self.pool)
 
     def _serve_write(
         self,
@@ -227,19 +249,21 @@ class Session:
         except WouldBlock:
             request.blocking = True
             copy = memoryview(bytes(data))
-            self.pool.submit(partial(self._serve_write, request, fh, offset, copy, write_flags, flags))
+            self._hand_over(
+                request, partial(self._serve_write, request, fh, offset, copy, write_flags, flags), self.pool
+            )
         except Exception as e:  # noqa: BLE001 - `_failed` logs what is not an answer; the mount must live on
             self._failed(request, Opcode.WRITE, e)
         else:
             if not isinstance(done, Parked):
-                self._send_write(request.unique, done)
+                self._send_write(request, done)
 
     def _read(self, request: Request, fields: tuple[int, ...]) -> None:
         if self._read_inline:
             self._serve_read(request, fields)
             return
         request.blocking = True
-        self._where_it_may_block(partial(self._serve_read, request, fields), self._read_pool)
+        self._where_it_may_block(request, partial(self._serve_read, request, fields), self._read_pool)
 
     def _serve_read(self, request: Request, fields: tuple[int, ...]) -> None:
         fh, offset, size, _read_flags, _owner, flags = fields
@@ -247,53 +271,54 @@ class Session:
             data = self.fs.read(request, fh, offset, size, flags)
         except WouldBlock:
             request.blocking = True
-            self._where_it_may_block(partial(self._serve_read, request, fields), self._read_pool)
+            self._where_it_may_block(request, partial(self._serve_read, request, fields), self._read_pool)
         except Exception as e:  # noqa: BLE001 - `_failed` logs what is not an answer; the mount must live on
             self._failed(request, Opcode.READ, e)
         else:
             if data is not PARKED:
-                self.send_data(request.unique, data)
+                self.send_data(request, data)
 
     def _other(self, opcode: int, request: Request, raw: bytearray, extensions: int) -> None:
         op = wire.OPS.get(opcode)
         if op is None:
-            self.send_error(request.unique, errno.ENOSYS)
+            self.send_error(request, errno.ENOSYS)
             return
         try:
             body = wire.decode_body(op, memoryview(raw)[: len(raw) - extensions * 8])
         except wire.WireError as e:
             log.error("%s", e)
-            self.send_error(request.unique, errno.EIO)
+            self.send_error(request, errno.EIO)
             return
         route = self._routes.get(opcode)
         if route is None:
-            self._own(opcode, request.unique, body)
+            self._own(opcode, request, body)
         elif route.inline:
             start = time.perf_counter_ns()
             self._serve(route, request, body)
             self._answers.append(time.perf_counter_ns() - start)
         else:
             request.blocking = True
-            self._where_it_may_block(partial(self._serve, route, request, body))
+            self._where_it_may_block(request, partial(self._serve, route, request, body), self.pool)
 
-    def _own(self, opcode: int, unique: int, body: Any) -> None:
+    def _own(self, opcode: int, request: Request, body: Any) -> None:
         """The requests that are the session's and not the file system's."""
         if opcode == Opcode.INIT:
-            self._init(unique, body)
+            self._init(request, body)
         elif opcode == Opcode.INTERRUPT:
             parked = self.parked.get(body.unique & ~UNIQUE_RESEND)
             if parked is not None and parked.on_interrupt is not None:
                 parked.on_interrupt()
         elif opcode == Opcode.DESTROY:
-            self._send((_OUT.pack(16, 0, unique),), unique)
+            self._reply(request, (_OUT.pack(16, 0, request.unique),))
         elif opcode != Opcode.NOTIFY_REPLY:
-            self.send_error(unique, errno.ENOSYS)
+            self.send_error(request, errno.ENOSYS)
 
-    def _init(self, unique: int, offer: wire.Init) -> None:
+    def _init(self, request: Request, offer: wire.Init) -> None:
         fs = self.fs
         if offer.major > 7:
             # The kernel asks again with our major version.
-            self._send((_OUT.pack(16 + 64, 0, unique), replies.init_out(45, 0, 0, 0, 0, 0, 0)), unique)
+            body = replies.init_out(45, 0, 0, 0, 0, 0, 0)
+            self._reply(request, (_OUT.pack(16 + len(body), 0, request.unique), body))
             return
         wishes = Wishes(wishes_of(fs), fs.required, fs.max_write, fs.max_readahead)
         try:
@@ -301,24 +326,24 @@ class Session:
             fs.init(self.agreement)
         except (wire.WireError, OSError) as e:
             self.failure = str(e)
-            self.send_error(unique, errno.EPROTO)
+            self.send_error(request, errno.EPROTO)
             self.ready.set()
             return
         gc.collect()
         gc.freeze()  # what lives from here to the end is not looked at again
         for _ in range(fs.readers - 1):
             self._start_reader()
-        self.send_value(unique, Agreement.encode, self.agreement)
+        self.send_value(request, Agreement.encode, self.agreement)
         self.ready.set()
 
     def _serve(self, route: Route, request: Request, body: Any) -> None:
         try:
             value = route.call(request, body)
             if value is not PARKED and not route.silent:
-                self.send_value(request.unique, route.encode, value)
+                self.send_value(request, route.encode, value)
         except WouldBlock:
             request.blocking = True
-            self._where_it_may_block(partial(self._serve, route, request, body))
+            self._where_it_may_block(request, partial(self._serve, route, request, body), self.pool)
         except Exception as e:  # noqa: BLE001 - `_failed` logs what is not an answer; the mount must live on
             self._failed(request, route.op.opcode, e, body, route.silent)
 
@@ -332,7 +357,7 @@ class Session:
             log.error("a handler failed: %s", text.request_line(header, body), exc_info=e)
         self.parked.pop(request.unique & ~UNIQUE_RESEND, None)
         if not silent:
-            self.send_error(request.unique, number)
+            self.send_error(request, number)
 
     # threads
 
@@ -343,64 +368,116 @@ class Session:
             return False
         return True
 
-    def _where_it_may_block(self, job: Callable[[], None], pool: Pool | None = None) -> None:
+    def _where_it_may_block(self, request: Request, job: Callable[[], None], pool: Pool) -> None:
         if self._permits and self._take_permit():
             job()
             self._permits.append(None)
         else:
-            (pool or self.pool).submit(job)
+            self._hand_over(request, job, pool)
+
+    def _hand_over(self, request: Request, job: Callable[[], None], pool: Pool) -> None:
+        self.hold(request.unique & ~UNIQUE_RESEND, request)
+        pool.submit(job)
+
+    # requests that outlive the reader's turn, and NOTIFY_RESEND
+
+    def hold(self, key: int, request: Request) -> None:
+        """The reader lets go of `request` without an answer."""
+        self._held[key] = request
+
+    def _known_already(self, unique: int) -> bool:
+        """Whether a request that the kernel sends again is being served, or has been; else it is to be served now."""
+        key = unique & ~UNIQUE_RESEND
+        with self._resend_lock:
+            held = self._held.get(key)
+            if held is not None and held.again:
+                del self._held[key]
+                self.parked.pop(key, None)
+                return False
+            if held is not None:
+                held.unique = unique
+                return True
+            late = self._late.pop(key, None)
+        if late is not None:
+            self._send((_with_unique(late, unique),))
+        return late is not None
+
+    def _reply(self, request: Request, parts: tuple[Any, ...]) -> None:
+        """Answer a request, under the number by which the kernel knows it now."""
+        key = request.unique & ~UNIQUE_RESEND
+        if key not in self._held:  # the reader's own turn
+            if not self._send(parts):
+                self._too_early(key, parts)
+            return
+        while True:
+            unique = request.unique
+            sent = self._send((_with_unique(parts[0], unique), *parts[1:]))
+            with self._resend_lock:
+                if not sent and request.unique != unique:
+                    continue  # it was sent again while we answered under its old number
+                if not sent:
+                    self._too_early(key, parts)
+                self._held.pop(key, None)
+                return
+
+    def _too_early(self, key: int, parts: tuple[Any, ...]) -> None:
+        """The kernel does not know this request: a signal ended it, or it is on its way to us again."""
+        self._late[key] = b"".join(parts)
+        while len(self._late) > _LATE:
+            self._late.popitem(last=False)
 
     # replying, from any thread
 
-    def send_error(self, unique: int, number: int) -> None:
-        self._send((replies.error(unique, number),), unique)
+    def send_error(self, request: Request, number: int) -> None:
+        self._reply(request, (replies.error(request.unique, number),))
 
-    def send_value(self, unique: int, encode: Callable[[Any], bytes], value: object) -> None:
+    def send_value(self, request: Request, encode: Callable[[Any], bytes], value: object) -> None:
         try:
             body = encode(value)
         except OSError as e:
-            self.send_error(unique, error_number(e))
+            self.send_error(request, error_number(e))
         except Exception:
             log.exception("a reply could not be encoded: %r", value)
-            self.send_error(unique, errno.EIO)
+            self.send_error(request, errno.EIO)
         else:
-            self._send((_OUT.pack(16 + len(body), 0, unique), body), unique)
+            self._reply(request, (_OUT.pack(16 + len(body), 0, request.unique), body))
 
-    def send_data(self, unique: int, data: Any) -> None:
+    def send_data(self, request: Request, data: Any) -> None:
         """A READ reply without a copy: one buffer or a sequence of them."""
-        if isinstance(data, Lent):
-            try:
-                self._send((_OUT.pack(16 + sum(map(len, data)), 0, unique), *data), unique)
-            finally:
+        parts = data if isinstance(data, (list, tuple)) else (data,)
+        try:
+            self._reply(request, (_OUT.pack(16 + sum(map(len, parts)), 0, request.unique), *parts))
+        finally:
+            if isinstance(data, Lent):
                 data.release()
-        elif isinstance(data, (list, tuple)):
-            self._send((_OUT.pack(16 + sum(map(len, data)), 0, unique), *data), unique)
-        else:
-            self._send((_OUT.pack(16 + len(data), 0, unique), data), unique)
 
-    def _send_write(self, unique: int, done: int) -> None:
+    def _send_write(self, request: Request, done: int) -> None:
         """The reply that is sent most: one write(2) of one buffer."""
-        reply = _WRITE_REPLY.pack(24, 0, unique, done)
-        if self.debug is not None:
-            self._send((reply,), unique)
+        reply = _WRITE_REPLY.pack(24, 0, request.unique, done)
+        if self.debug is not None or request.blocking:
+            self._reply(request, (reply,))
             return
         try:
             os.write(self.fd, reply)
         except OSError:
-            self._send((reply,), unique)  # which knows what each error means
+            self._reply(request, (reply,))  # which knows what each error means
 
-    def _send(self, parts: tuple[Any, ...], unique: int) -> None:
+    def _send(self, parts: tuple[Any, ...]) -> bool:
+        """One writev. False where the kernel does not know the request (any more)."""
+        _, error, unique = _OUT.unpack_from(parts[0])
         if self.debug is not None:
-            _, error, _ = _OUT.unpack_from(parts[0])
             self.debug(text.reply_line(unique, -error, sum(map(len, parts)) - 16))
         try:
             os.writev(self.fd, parts)
         except OSError as e:
-            if e.errno == errno.ENOENT or e.errno in _GONE:
-                return  # interrupted and forgotten, or the connection has ended: nobody waits for this
+            if e.errno == errno.ENOENT:
+                return False
+            if e.errno in _GONE:
+                return True  # the connection has ended: nobody waits for this
             log.error("the kernel refused a reply to %d: %s", unique, e)
             if len(parts) > 1 or len(parts[0]) > 16:
-                self.send_error(unique, errno.EIO)
+                return self._send((replies.error(unique, errno.EIO),))
+        return True
 
     def _trace(self, prefix: bytearray, tail: memoryview, n: int) -> None:
         raw = bytes(prefix[:n]) + bytes(tail[: max(0, n - WRITE_PREFIX)])
@@ -410,6 +487,11 @@ class Session:
             self.debug(text.request_line(*wire.decode(memoryview(raw))))
         except wire.WireError as e:
             self.debug(f"> not understood: {e}")
+
+
+def _with_unique(message: bytes, unique: int) -> bytes:
+    """A reply under another number: the last 8 bytes of its out_header."""
+    return message[:8] + unique.to_bytes(8, "little") + message[16:]
 
 
 class _NoWay(Finish):

@@ -134,6 +134,13 @@ class WritebackCache:
         self.draining = 0
         self.in_flight_bytes = 0
         self.last_error = ""
+        self.can_resend = False
+        """The kernel honours NOTIFY_RESEND (Linux 6.9)."""
+        self.at_scratch = False
+        """The reader's own: its last receive target was the scratch buffer."""
+        self._scratch = memoryview(bytearray(max_write))
+        self.overflowed: list[Callable[[int], None]] = []
+        """WRITEs of which nothing but the request was kept."""
         self.closing = False
         """Nobody waits for room any more: the mount ends though its store does not answer."""
         self.epoch = 0
@@ -144,11 +151,29 @@ class WritebackCache:
     # the reader's side
 
     def receive_target(self) -> memoryview:
-        """Where the next payload is to be received. Waits where the log has no room at all."""
+        """Where the next payload is to be received.
+
+        Where the log has no room at all: a scratch buffer, from which nothing can be kept (`at_scratch`), if the
+        kernel can be asked to send again; else this waits, and reading with it.
+        """
+        self.at_scratch = False
         if not self.log.ready:
             with self.lock:
-                self._wait_for_room(self.log.advance)
+                try:
+                    self.log.advance()
+                except LogFull:
+                    self._want_room()
+                    if self.can_resend:
+                        self.at_scratch = True
+                        return self._scratch
+                    self._wait_for_room(self.log.advance)
         return self.log.tail
+
+    def overflow(self, fail: Callable[[int], None]) -> None:
+        """A WRITE came with no room for it: the engine asks for it again when there is. `fail` ends it otherwise."""
+        with self.lock:
+            self.overflowed.append(fail)
+            self.paced.notify()
 
     def _wait_for_room(self, act: Callable[[], None]) -> None:
         """Held: lock. Repeat `act` until the log has room for it."""
@@ -165,6 +190,13 @@ class WritebackCache:
         """Held: lock. Have everything written back, and live bytes gathered from mostly dead segments."""
         if not self.clean():
             self.work.notify_all()
+
+    def close(self) -> None:
+        """End all waiting for room: WRITEs that found none fail with EIO."""
+        with self.lock:
+            self.closing = True
+            self.room.notify_all()
+            self.paced.notify()
 
     def adopt(self, ino: int, attr: Attr) -> File:
         """The state of a file that is about to be changed; `attr` is the store's."""

@@ -46,6 +46,8 @@ class Engine:
         self.rounds = 0
         self.on_bandwidth: Callable[[float], None] | None = None
         """Called, from a committer, when the store's measured bandwidth has changed by a third."""
+        self.on_room: Callable[[], None] | None = None
+        """Called, from the pacer, when WRITEs that found no room may be sent again."""
         self._told = 0.0
         self._clean_at = 0.0
         self._heavy = 0
@@ -259,8 +261,16 @@ class Engine:
             with cache.lock:
                 if self._stopping:
                     break
-                if not cache.parked:
+                resend, failed = self._overflow()
+                if not resend and not failed and not cache.parked:
                     cache.paced.wait()
+                    continue
+            if resend and self.on_room is not None:
+                self.on_room()
+            for fail in failed:
+                fail(errno.EIO)
+            with cache.lock:
+                if not cache.parked:
                     continue
                 now, occupied = cache.clock(), cache.log.occupied
                 at = limits.ready_at(now, occupied)
@@ -276,6 +286,21 @@ class Engine:
             answer()
         for _, _, answer in list(cache.parked):
             answer()
+
+    def _overflow(self) -> tuple[bool, list[Callable[[int], None]]]:
+        """Held: lock. Whether to ask for overflowed WRITEs again now, and those to fail because the mount ends."""
+        cache = self.cache
+        if not cache.overflowed:
+            return False, []
+        if cache.closing:
+            failed, cache.overflowed = cache.overflowed, []
+            return False, failed
+        # All come again at once, so ask only when a good part of them will find room.
+        if cache.log.free_segments < max(1, len(cache.log.segments) // 8):
+            cache.work.notify()
+            return False, []
+        cache.overflowed = []
+        return True, []
 
     def _warm_loop(self) -> None:
         while not self._stopping and self.cache.log.warm_next():

@@ -6,6 +6,7 @@ write back a second time. A commit here is not atomic: a crash in mid-round leav
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -64,27 +65,21 @@ class DirectoryData:
         self._data = FdCache(capacity)
         self._direct = FdCache(min(64, capacity))
         self._direct_works = True
-        self._pinned: dict[int, Fd] = {}
-        """Descriptors that could not be opened again, because the mode denies it to an unprivileged server."""
 
     def close_data(self) -> None:
-        self._pinned.clear()
         self._data.clear()
         self._direct.clear()
 
     def forget_data(self, ino: int) -> None:
-        self._pinned.pop(ino, None)
         self._data.discard(ino)
         self._direct.discard(ino)
 
     def keep_data_fd(self, ino: int, fd: Fd) -> None:
         """A descriptor that creating the file gave."""
         self._data.put(ino, fd)
-        if os.geteuid() != 0 and os.fstat(fd.n).st_mode & 0o600 != 0o600:
-            self._pinned[ino] = fd
 
     def cached_data_fd(self, ino: int) -> Fd | None:
-        return self._data.get(ino) or self._pinned.get(ino)
+        return self._data.get(ino)
 
     def data_fd(self, ino: int, write: bool) -> Fd:
         """A descriptor for reading, and for writing too where asked."""
@@ -95,10 +90,27 @@ class DirectoryData:
             fd = self.open_node(ino, os.O_RDWR)
             fd.writable = True
         except OSError as e:
-            if write or e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY):
+            if not write and e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY):
+                with contextlib.suppress(PermissionError):
+                    return self._data.put(ino, self.open_node(ino, os.O_RDONLY))
+            if e.errno != errno.EACCES:
                 raise
-            fd = self.open_node(ino, os.O_RDONLY)
+            fd = self._open_against_mode(ino)
         return self._data.put(ino, fd)
+
+    def _open_against_mode(self, ino: int) -> Fd:
+        """A server without privileges must reach its own file though the mode denies it: it was open, or created so.
+
+        POSIX checks the mode when a file is opened, which the kernel has done; here it is only opened again.
+        """
+        path = self.open_node(ino, os.O_PATH)
+        name = f"/proc/self/fd/{path.n}"
+        mode = os.stat(name).st_mode & 0o7777
+        os.chmod(name, mode | 0o600)  # PermissionError for a file of somebody else, which is the right answer
+        try:
+            return Fd(os.open(name, os.O_RDWR | os.O_CLOEXEC), writable=True)
+        finally:
+            os.chmod(name, mode)
 
     def _direct_fd(self, ino: int) -> Fd | None:
         if not self._direct_works:

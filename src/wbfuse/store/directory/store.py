@@ -502,7 +502,6 @@ class DirectoryStore(DirectoryData, Store):
             if node.holds:
                 return
             gone = [] if node.orphan else self._nodes.settle(node)
-        self._pinned.pop(ino, None)
         self._close_all(gone)
         if node.orphan:
             self._bury(node)
