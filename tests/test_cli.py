@@ -263,7 +263,7 @@ def user(workdir: Path) -> Iterator[list[str]]:
 
 
 @needs_mount
-def test_an_unprivileged_mount_gets_write_through_and_a_message(workdir: Path, user: list[str]) -> None:
+def test_13_an_unprivileged_mount_gets_write_through_and_a_message(workdir: Path, user: list[str]) -> None:
     if os.path.exists(policy.CONFIG):
         pytest.skip("this machine has a configuration of its own")
     for name in ("s", "m"):

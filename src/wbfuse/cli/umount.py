@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,10 @@ from wbfuse.cli.units import show_size
 from wbfuse.control.client import ask, place_of
 from wbfuse.control.paths import ControlError, find_socket
 from wbfuse.session.mount import MountError, find_mount, unmount
+
+
+_LAST_BREATH = 10.0
+"""Seconds that a server may take to exit after it has said that it is done."""
 
 
 def follow(title: str, answers: Iterator[dict[str, Any]]) -> None:
@@ -51,6 +56,22 @@ def syncfs(path: str) -> None:
         os.close(fd)
 
 
+def _until_gone(answers: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The same answers; ends when the server's process has ended, so that nothing of the mount is left."""
+    server = None
+    try:
+        for answer in answers:
+            if "pid" in answer:
+                with contextlib.suppress(ProcessLookupError):
+                    server = os.pidfd_open(answer["pid"])
+            yield answer
+        if server is not None:
+            select.select([server], [], [], _LAST_BREATH)
+    finally:
+        if server is not None:
+            os.close(server)
+
+
 @click.command()
 @click.argument("mountpoint")
 @click.option("--lazy", is_flag=True, help="Detach a busy mount now; it ends when its last file is closed.")
@@ -67,7 +88,7 @@ def umount(mountpoint: str, lazy: bool) -> None:
         try:
             if socket is None:
                 raise ControlError("the mount's server is not running")
-            follow(f"unmounting {path}", ask(socket, "umount", lazy=lazy))
+            follow(f"unmounting {path}", _until_gone(ask(socket, "umount", lazy=lazy)))
         except ControlError as e:
             if "not running" not in str(e):
                 raise click.ClickException(_busy_hint(path, str(e))) from e

@@ -275,6 +275,7 @@ class Mount:
         yield {"done": True}
 
     def _do_umount(self, request: Message) -> Iterator[Message]:
+        yield {"pid": os.getpid()}
         for left in self._barrier():
             yield {"left": left}
         unmount(self.path, bool(request.get("lazy")))

@@ -32,6 +32,8 @@ _PIECE_SECONDS = 0.1
 _PIECE_LEAST = 256 << 10
 _CLEAN_EVERY = 0.1
 _HEAVY, _HEAVY_ROUNDS = 1 << 20, 2
+_CALM_ROUNDS = 2
+"""Rounds at once where age is the only reason: more would take the interpreter from the reader."""
 _PR_SET_IO_FLUSHER = 57
 
 
@@ -49,6 +51,10 @@ class Engine:
         self.on_room: Callable[[], None] | None = None
         """Called, from the pacer, when WRITEs that found no room may be sent again."""
         self._told = 0.0
+        self._watchers = 0
+        """Committers that sleep with a time to wake."""
+        self._at_work = 0
+        """Committers that carry something."""
         self._clean_at = 0.0
         self._heavy = 0
         """Large rounds under way."""
@@ -99,7 +105,7 @@ class Engine:
         found = list(cache.full.values())
         over = cache.draining or cache.parked or cache.log.occupied > cache.limits.background
         for f in cache.dirty.values():  # in order of age
-            if not (over or _born(f) + self.dirty_expire <= now):
+            if not over and (_born(f) + self.dirty_expire > now or self._at_work >= _CALM_ROUNDS):
                 break
             if self._may_start(f):
                 found.append(f)
@@ -110,13 +116,16 @@ class Engine:
         return self._heavy < _HEAVY_ROUNDS or f.core.generations[0].extents.bytes < _HEAVY
 
     def _due(self, now: float) -> float | None:
-        """Held: lock. Seconds until `_pick` may find something by time alone."""
+        """Held: lock. Seconds until `_pick` may find something by time alone.
+
+        What is due and was not picked waits for a round under way, whose committer will look again.
+        """
         cache = self.cache
         times = [f.retry_at for f in (*cache.failing.values(), *cache.urgent.values())]
         oldest = _first(cache.dirty)
         if oldest is not None:
             times.append(oldest.core.generations[0].born + self.dirty_expire)
-        return max(0.001, min(times) - now) if times else None
+        return min((t - now for t in times if t > now), default=None)
 
     # committing
 
@@ -133,14 +142,18 @@ class Engine:
                     f = self._pick(now)
                     if f is not None:
                         break
-                    cache.work.wait(self._due(now))
+                    due = self._due(now)
+                    self._watchers += due is not None
+                    cache.work.wait(due)
+                    self._watchers -= due is not None
+                self._at_work += 1
                 f.core.seal()
                 g = f.core.begin()
                 f.syncing = g is None
                 if g is not None:
                     cache.in_flight_bytes += g.extents.bytes
                     self._heavy += g.extents.bytes >= _HEAVY
-                if cache.dirty or cache.failing or cache.urgent:
+                if self._watchers == 0 and (cache.dirty or cache.failing or cache.urgent):
                     cache.work.notify()  # somebody else must watch what becomes due next
             try:
                 error = self._commit(f, g) if g is not None else self._sync(f)
@@ -206,6 +219,7 @@ class Engine:
         cache = self.cache
         answers: list[Callable[[], None]] = []
         with cache.lock:
+            self._at_work -= 1
             f.syncing = False
             if g is not None:
                 cache.in_flight_bytes -= g.extents.bytes
