@@ -17,7 +17,6 @@ from wbfuse.control.client import ask, place_of
 from wbfuse.control.paths import ControlError, find_socket
 from wbfuse.session.mount import MountError, find_mount, unmount
 
-
 _LAST_BREATH = 10.0
 """Seconds that a server may take to exit after it has said that it is done."""
 
