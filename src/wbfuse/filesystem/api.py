@@ -17,7 +17,7 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from wbfuse.wire import requests as wire
 from wbfuse.wire.constants import Cap
@@ -83,16 +83,12 @@ class Request:
         self._finish.complete(self, None, error)
 
 
-class Finish:
+class Finish(Protocol):
     """What the session gives a Request: the way back for a parked one."""
 
-    __slots__ = ()
+    def park(self, request: Request) -> Parked: ...
 
-    def park(self, request: Request) -> Parked:
-        raise NotImplementedError
-
-    def complete(self, request: Request, value: object, error: int) -> None:
-        raise NotImplementedError
+    def complete(self, request: Request, value: object, error: int) -> None: ...
 
 
 class FileSystem:

@@ -50,7 +50,7 @@ _SLOW_CHANGES = FATTR_MODE | FATTR_UID | FATTR_GID | FATTR_KILL_SUIDGID
 class CachedFileSystem(StoreFileSystem):
     """`kernel_writeback` asks the kernel for its own write-back cache as well (promise 5: nothing else does)."""
 
-    inline = StoreFileSystem.inline | {"write", "fsync", "getattr", "setattr", "release", "fallocate"}
+    inline = StoreFileSystem.inline | {"write", "fsync", "getattr", "setattr", "getxattr", "release", "fallocate"}
     readers = 1
 
     def __init__(
@@ -127,9 +127,12 @@ class CachedFileSystem(StoreFileSystem):
         f = self.cache.files.get(request.nodeid)
         if f is not None:
             return f.shown()
-        if not request.blocking:
-            raise WouldBlock
-        return super().getattr(request, fh)
+        if request.blocking:
+            return self.shown(request.nodeid, self._fresh_attr(request.nodeid))
+        try:
+            return self.store.getattr(request.nodeid, nowait=True)
+        except BlockingIOError:
+            raise WouldBlock from None
 
     def setattr(self, request: Request, change: wire.Setattr) -> Attr:
         ino, valid = request.nodeid, change.valid
@@ -153,6 +156,21 @@ class CachedFileSystem(StoreFileSystem):
         if valid & (FATTR_MODE | FATTR_UID | FATTR_GID):
             self.changed(ino, self.store.setattr(ino, wanted))
         return f.shown()
+
+    def getxattr(self, request: Request, name: bytes) -> bytes:
+        """The kernel asks for security.capability at the first write to each file; a new one cannot have it."""
+        f = self.cache.files.get(request.nodeid)
+        if f is not None and f.bare and name == b"security.capability":
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+        if not request.blocking:
+            raise WouldBlock
+        return super().getxattr(request, name)
+
+    def setxattr(self, request: Request, name: bytes, value: bytes, flags: int) -> None:
+        f = self.cache.files.get(request.nodeid)
+        if f is not None:
+            f.bare = False
+        super().setxattr(request, name, value, flags)
 
     # open files
 
@@ -188,6 +206,7 @@ class CachedFileSystem(StoreFileSystem):
         ino, attr = found
         fh, handle = self._handle(ino, flags | os.O_RDWR)
         self._attach(handle, attr)
+        handle.file.bare = attr.size == 0 and attr.nlink <= 1
         return self._entry(found), Opened(fh, self._open_flags)
 
     def release(self, request: Request, fh: int, flags: int) -> None:
@@ -307,11 +326,12 @@ class CachedFileSystem(StoreFileSystem):
             raise OSError(f.error, os.strerror(f.error))
 
     def flush(self, request: Request, fh: int, lock_owner: int) -> Parked | None:
+        if not self.wait_on_close:
+            # The kernel need not ask again; an error stays for the next fsync, `wbfuse sync` or unmount.
+            raise OSError(errno.ENOSYS, "close does not wait")
         handle = self.handles.get(fh)
         if handle is None or not handle.writable or handle.file is None:
             return None
-        if not self.wait_on_close:
-            return None  # an error stays for the next fsync, `wbfuse sync` or unmount
         self._report(handle, handle.file)
         self._when_durable(request, handle.file, handle, None)
         return PARKED

@@ -28,7 +28,7 @@ from functools import partial
 from struct import Struct
 from typing import Any
 
-from wbfuse.filesystem.api import PARKED, FileSystem, Finish, Lent, Parked, Request, WouldBlock, error_number, overrides
+from wbfuse.filesystem.api import PARKED, FileSystem, Lent, Parked, Request, WouldBlock, error_number, overrides
 from wbfuse.filesystem.dispatch import Route, routes, wishes_of
 from wbfuse.session.mount import max_pages_limit
 from wbfuse.session.notifier import Notifier
@@ -53,7 +53,7 @@ _WRITE_REPLY = Struct("<IiQI4x")
 _OUT = replies.OUT
 
 
-class _Way(Finish):
+class _Way:
     """The way back of one opcode's requests: how its value becomes bytes."""
 
     __slots__ = ("encode", "raw", "session")
@@ -175,7 +175,7 @@ class Session:
     def _read_loop(self, counts: list[int]) -> None:
         readv, fd, fs = os.readv, self.fd, self.fs
         receive_target = fs.receive_target if overrides(fs, "receive_target") else None
-        write_way, read_way = self._ways[_WRITE], self._ways[_READ]
+        write_way, read_way, no_way = self._ways[_WRITE], self._ways[_READ], _Way(self, bytes)
         prefix = bytearray(WRITE_PREFIX)
         own = memoryview(mmap.mmap(-1, max(fs.max_write, 1 << 17)))
         own[:: mmap.PAGESIZE] = bytes(len(own) // mmap.PAGESIZE)  # resident: a kill in mid-copy must not fail a WRITE
@@ -205,7 +205,7 @@ class Session:
             else:
                 body = prefix[IN_HEADER:n] if n <= WRITE_PREFIX else prefix[IN_HEADER:] + tail[: n - WRITE_PREFIX]
                 self._other(
-                    opcode, Request(unique, nodeid, uid, gid, pid, self._ways.get(opcode, _NO_WAY)), body, extensions
+                    opcode, Request(unique, nodeid, uid, gid, pid, self._ways.get(opcode, no_way)), body, extensions
                 )
 
     def _write(self, request: Request, prefix: bytearray, tail: memoryview) -> None:
@@ -492,12 +492,3 @@ class Session:
 def _with_unique(message: bytes, unique: int) -> bytes:
     """A reply under another number: the last 8 bytes of its out_header."""
     return message[:8] + unique.to_bytes(8, "little") + message[16:]
-
-
-class _NoWay(Finish):
-    """For requests that no file system method serves, so none can park."""
-
-    __slots__ = ()
-
-
-_NO_WAY = _NoWay()

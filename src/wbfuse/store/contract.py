@@ -142,7 +142,8 @@ class Store(ABC):
     # attributes
 
     @abstractmethod
-    def getattr(self, ino: int) -> Attr: ...
+    def getattr(self, ino: int, nowait: bool = False) -> Attr:
+        """With `nowait`, raises BlockingIOError rather than wait."""
 
     @abstractmethod
     def setattr(self, ino: int, change: Change) -> Attr: ...

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from wbfuse.store.contract import Buffer, Capabilities, Progress, Round, Store
-from wbfuse.wire.types import Dirent
+from wbfuse.wire.types import Attr, Dirent
 
 
 @dataclass(slots=True, frozen=True)
@@ -91,6 +91,13 @@ class ShapedStore:
             self.writes += 1
         if self._out is not None:
             self._out.wait(size)
+
+    def getattr(self, ino: int, nowait: bool = False) -> Attr:
+        if nowait and self._shape.slow:
+            raise BlockingIOError(errno.EAGAIN, "a slow store always waits")
+        if self._shape.delay:
+            time.sleep(self._shape.delay)
+        return self._store.getattr(ino, nowait)
 
     def read(self, ino: int, offset: int, buffer: memoryview, nowait: bool = False) -> int:
         if self._shape.slow:

@@ -47,8 +47,8 @@ class File:
     """What the cache holds of one file: the pure FileCache and what surrounds it."""
 
     __slots__ = (
-        "attr", "attr_version", "copying", "core", "error", "error_sequence", "failures", "ino", "opens", "retry_at",
-        "synced", "syncing", "unlinked", "version", "waiters",
+        "attr", "attr_version", "bare", "copying", "core", "error", "error_sequence", "failures", "ino", "opens",
+        "retry_at", "synced", "syncing", "unlinked", "version", "waiters",
     )  # fmt: skip
 
     def __init__(self, ino: int, attr: Attr, seal_bytes: int) -> None:
@@ -58,6 +58,8 @@ class File:
         """As the store last said; size and times are the core's."""
         self.attr_version = 0
         """Counts settings of `attr`, so that an older answer of the store does not replace a newer one."""
+        self.bare = False
+        """Made by this mount, and no extended attribute was set since."""
         self.opens = 0
         self.waiters: list[Waiter] = []
         self.error = 0

@@ -14,6 +14,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 AT_SYMLINK_NOFOLLOW = 0x100
 AT_EMPTY_PATH = 0x1000
 AT_NO_AUTOMOUNT = 0x800
+AT_STATX_DONT_SYNC = 0x4000
 _WANTED = 0x7FF | 0x800  # STATX_BASIC_STATS | STATX_BTIME
 
 _STATX = Struct("<IIQIIIH2xQQQQqI4xqI4xqI4xqI4xIIII")
@@ -38,10 +39,13 @@ def _raise(name: bytes | None = None) -> None:
     raise OSError(code, os.strerror(code), name)
 
 
-def statx(dir_fd: int, name: bytes = b"") -> tuple[Attr, Identity]:
-    """Attributes and identity of `name` in `dir_fd` (of the descriptor itself where empty); no symlink is followed."""
+def statx(dir_fd: int, name: bytes = b"", more: int = 0) -> tuple[Attr, Identity]:
+    """Attributes and identity of `name` in `dir_fd` (of the descriptor itself where empty); no symlink is followed.
+
+    `more`: further AT_* flags.
+    """
     buffer = ctypes.create_string_buffer(256)
-    flags = AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT | (0 if name else AT_EMPTY_PATH)
+    flags = AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT | more | (0 if name else AT_EMPTY_PATH)
     if _statx(dir_fd, name, flags, _WANTED, buffer) != 0:
         _raise(name)
     (_mask, blksize, _attributes, nlink, uid, gid, mode, ino, size, blocks, _attr_mask, at, atn, bt, btn, ct, ctn,
