@@ -331,6 +331,7 @@ class Session:
             return
         gc.collect()
         gc.freeze()  # what lives from here to the end is not looked at again
+        gc.set_threshold(50_000, 20, 50)  # nodes and files are no cycles: looking through all of them is in vain
         for _ in range(fs.readers - 1):
             self._start_reader()
         self.send_value(request, Agreement.encode, self.agreement)

@@ -32,8 +32,8 @@ _PIECE_SECONDS = 0.1
 _PIECE_LEAST = 256 << 10
 _CLEAN_EVERY = 0.1
 _HEAVY, _HEAVY_ROUNDS = 1 << 20, 2
-_CALM_ROUNDS = 2
-"""Rounds at once where age is the only reason: more would take the interpreter from the reader."""
+_CALM_ROUNDS = 1
+"""Rounds at once where age is the only reason, until twice the age: more take the interpreter from the reader."""
 _PR_SET_IO_FLUSHER = 57
 
 
@@ -105,7 +105,10 @@ class Engine:
         found = list(cache.full.values())
         over = cache.draining or cache.parked or cache.log.occupied > cache.limits.background
         for f in cache.dirty.values():  # in order of age
-            if not over and (_born(f) + self.dirty_expire > now or self._at_work >= _CALM_ROUNDS):
+            age = now - _born(f)
+            if not over and (
+                age < self.dirty_expire or (self._at_work >= _CALM_ROUNDS and age < 2 * self.dirty_expire)
+            ):
                 break
             if self._may_start(f):
                 found.append(f)
