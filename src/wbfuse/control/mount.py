@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 _READ_AHEAD_KB = 4096
+_KERNELS_GUESS = 100e6
 _LEAST_SHARE, _FIRST_SHARE = 2 * MIB, 4 * MIB
 """What the kernel may hold of a slow store, and of one that has not been measured."""
 
@@ -135,8 +136,13 @@ class Mount:
         return tune_bdi(found.device, _READ_AHEAD_KB, _FIRST_SHARE)
 
     def _fit_kernel_share(self, bandwidth: float) -> None:
-        """Let the kernel hold what the store takes in a fifth of a second: a write(2) may have to wait for it all."""
-        share = max(_LEAST_SHARE, min(self._kernel_share(), int(bandwidth * MAX_PAUSE)))
+        """Of a slow store the kernel may hold what it takes in a fifth of a second: a write(2) may wait for it all.
+
+        Slow is below the 100 MB/s that the kernel itself assumes of a device; above, it may have its eighth.
+        """
+        share = self._kernel_share()
+        if bandwidth < _KERNELS_GUESS:
+            share = max(_LEAST_SHARE, min(share, int(bandwidth * MAX_PAUSE)))
         self.tuned |= tune_bdi(self._device, max_bytes=share)
 
     # ending

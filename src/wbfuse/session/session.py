@@ -215,7 +215,7 @@ class Session:
             return
         request.blocking = True
         if self._permits and self._take_permit():
-            self._serve_write(request, fh, offset, tail[:size], write_flags, flags, permitted=True)
+            self._serve_write(request, fh, offset, tail[:size], write_flags, flags, True)
         else:
             copy = memoryview(bytes(tail[:size]))
             self._hand_over(
@@ -455,8 +455,8 @@ class Session:
     def _send_write(self, request: Request, done: int) -> None:
         """The reply that is sent most: one write(2) of one buffer."""
         reply = _WRITE_REPLY.pack(24, 0, request.unique, done)
-        if self.debug is not None or request.blocking:
-            self._reply(request, (reply,))
+        if self.debug is not None or self._held:
+            self._reply(request, (reply,))  # it may be one that was held
             return
         try:
             os.write(self.fd, reply)

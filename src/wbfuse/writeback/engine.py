@@ -127,7 +127,7 @@ class Engine:
         times = [f.retry_at for f in (*cache.failing.values(), *cache.urgent.values())]
         oldest = _first(cache.dirty)
         if oldest is not None:
-            times.append(oldest.core.generations[0].born + self.dirty_expire)
+            times += [_born(oldest) + self.dirty_expire, _born(oldest) + 2 * self.dirty_expire]
         return min((t - now for t in times if t > now), default=None)
 
     # committing
