@@ -140,7 +140,7 @@ class WritebackCache:
         """The kernel honours NOTIFY_RESEND (Linux 6.9)."""
         self.at_scratch = False
         """The reader's own: its last receive target was the scratch buffer."""
-        self._scratch = memoryview(bytearray(max_write))
+        self._scratch = memoryview(bytearray(b"\xff" * max_write))  # resident, as every receive target
         self.overflowed: list[Callable[[int], None]] = []
         """WRITEs of which nothing but the request was kept."""
         self.closing = False
