@@ -12,6 +12,8 @@ import wbfuse
 from wbfuse.wire import constants as c
 from wbfuse.wire.requests import Setattr
 
+LARGEST = 1 << 32
+
 
 class Node:
     def __init__(self, ino: int, mode: int, uid: int, gid: int) -> None:
@@ -33,6 +35,11 @@ class Memory(wbfuse.FileSystem):
         root = Node(next(self.numbers), stat.S_IFDIR | 0o755, os.getuid(), os.getgid())
         root.attr.nlink = 2
         self.nodes = {root.attr.ino: root}
+
+    @staticmethod
+    def _check_size(size: int) -> None:
+        if size > LARGEST:
+            raise OSError(errno.EFBIG, "it would not fit into memory")
 
     def _child(self, request: wbfuse.Request, name: bytes) -> Node:
         try:
@@ -83,6 +90,7 @@ class Memory(wbfuse.FileSystem):
     def setattr(self, request: wbfuse.Request, change: Setattr) -> wbfuse.Attr:
         node, valid = self.nodes[request.nodeid], change.valid
         if valid & c.FATTR_SIZE:
+            self._check_size(change.size)
             del node.data[change.size :]
             node.data.extend(bytes(change.size - len(node.data)))
         if valid & c.FATTR_MODE:
@@ -156,6 +164,7 @@ class Memory(wbfuse.FileSystem):
         self, request: wbfuse.Request, fh: int, offset: int, data: memoryview, write_flags: int, flags: int
     ) -> int:
         node = self.nodes[request.nodeid]
+        self._check_size(offset + len(data))
         if offset > len(node.data):
             node.data.extend(bytes(offset - len(node.data)))
         node.data[offset : offset + len(data)] = data

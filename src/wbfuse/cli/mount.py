@@ -170,7 +170,7 @@ def _serve_detached(spec: Spec, pipe: int) -> None:
             os.close(pipe)
 
         code = run(spec, report)
-        if code == 0 and os.fstat(log).st_size == 0:
+        if os.fstat(log).st_size == 0:
             os.unlink(log_path(spec.mountpoint))
     except BaseException:
         logging.exception("the server failed")

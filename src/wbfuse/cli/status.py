@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from typing import Any
 
 import click
@@ -31,7 +33,11 @@ def status(mountpoint: str | None, as_json: bool) -> None:
             try:
                 found.append(_status(path))
             except ControlError as e:
-                click.echo(f"wbfuse: {path}: {e}", err=True)
+                if "not running" not in str(e):
+                    click.echo(f"wbfuse: {path}: {e}", err=True)
+                    continue
+                with contextlib.suppress(OSError):
+                    os.unlink(path)  # of a server that died
         if as_json:
             click.echo(json.dumps(found, indent=2))
             return

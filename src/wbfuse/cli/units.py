@@ -44,11 +44,14 @@ def parse_time(text: str) -> float:
 def parse_slow(text: str) -> Shape:
     """'50MB/s,20ms' -> Shape: bandwidth and delay of each call, either may be left out. Raises ValueError."""
     rate, delay = None, 0.0
-    for part in text.split(","):
-        if "/s" in part:
-            rate = parse_rate(part)
-        else:
-            delay = parse_time(part)
+    try:
+        for part in text.split(","):
+            if "/s" in part:
+                rate = parse_rate(part)
+            else:
+                delay = parse_time(part)
+    except ValueError as e:
+        raise ValueError(f"{text!r} is not understood; write it like 50MB/s,20ms") from e
     return Shape(rate=rate, delay=delay)
 
 

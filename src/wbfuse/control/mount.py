@@ -170,6 +170,8 @@ class Mount:
         with self._stop_lock:
             if self.session.ended.is_set():
                 return
+            left = int(self.cache.status()["dirty_bytes"]) if self.cache is not None else 0
+            log.info("%s: writing back (%d bytes here, more in the kernel perhaps), then unmounting", self.path, left)
             try:
                 for _ in self._barrier():
                     pass

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -56,12 +58,22 @@ def detach(session: Session, path: str) -> None:
 
 
 def serve(fs: FileSystem, mountpoint: str, options: Options | None = None) -> None:
-    """Serve `fs` on `mountpoint` until it is unmounted; Ctrl-C unmounts it.
+    """Serve `fs` on `mountpoint` until it is unmounted; Ctrl-C and SIGTERM unmount it.
 
     Raises MountError. Works as root, and for users through fusermount3. The calling process must not use the mount.
     """
     session, path = attach(fs, mountpoint, options)
+    before = None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         session.wait()
     except KeyboardInterrupt:
         detach(session, path)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt

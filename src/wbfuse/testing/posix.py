@@ -8,6 +8,7 @@ failure on a mount is the mount's.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import errno
 import fcntl
@@ -515,10 +516,15 @@ def run(directory: str, name: str) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Check a directory's file system against a table of POSIX behaviour.")
+    parser.add_argument("directory", help="an existing directory; each check works in a fresh one below it")
+    directory = parser.parse_args().directory
+    if not os.path.isdir(directory):
+        parser.error(f"{directory}: not a directory")
     bad = 0
     for name in CHECKS:
         try:
-            run(sys.argv[1], name)
+            run(directory, name)
         except (AssertionError, OSError) as e:
             bad += 1
             print(f"FAILED {name}: {e}")
