@@ -42,6 +42,8 @@ class Memory(wbfuse.FileSystem):
             raise OSError(errno.EFBIG, "it would not fit into memory")
 
     def _child(self, request: wbfuse.Request, name: bytes) -> Node:
+        if len(name) > 255:
+            raise OSError(errno.ENAMETOOLONG, "the name is too long")
         try:
             return self.nodes[request.nodeid].children[name]
         except KeyError:
