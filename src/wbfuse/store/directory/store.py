@@ -79,7 +79,7 @@ class DirectoryStore(DirectoryData, Store):
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(atomic_commit=False, preferred_piece=4 << 20, max_file_size=self._max_file_size)
+        return Capabilities(atomic_commit=False, preferred_piece=8 << 20, max_file_size=self._max_file_size)
 
     def close(self) -> None:
         """Close every descriptor; the private directory goes where it is empty."""
