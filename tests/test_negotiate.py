@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wbfuse.wire.constants import Cap
-from wbfuse.wire.negotiate import Wishes, negotiate
+from wbfuse.wire.negotiate import Agreement, Wishes, negotiate
 from wbfuse.wire.requests import Init, WireError
 
 ALL = (1 << 43) - 1
@@ -27,6 +27,12 @@ def test_nothing_is_taken_that_was_not_offered_or_not_wished(offered: int, wishe
     assert not agreed.capabilities & ~(Cap(wished) | always)
     if not offered & Cap.INIT_EXT:
         assert agreed.capabilities < 1 << 32
+
+
+@given(offered=st.integers(0, ALL), wished=st.integers(0, ALL), minor=st.integers(31, 60))
+def test_an_agreement_is_known_from_its_reply(offered: int, wished: int, minor: int) -> None:
+    agreed = negotiate(offer(offered, minor), Wishes(Cap(wished)))
+    assert Agreement.decode(agreed.encode()) == agreed
 
 
 def test_writeback_is_taken_only_where_it_is_wished() -> None:

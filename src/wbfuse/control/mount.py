@@ -20,6 +20,7 @@ from wbfuse.control import paths
 from wbfuse.control.server import ControlServer, Message
 from wbfuse.filesystem.cached_fs import CachedFileSystem
 from wbfuse.filesystem.store_fs import StoreFileSystem
+from wbfuse.journal import Journal
 from wbfuse.session.mount import MountError, find_mount, is_busy, max_pages_limit, tune_bdi, unmount
 from wbfuse.session.serve import Options, attach, detach
 from wbfuse.store.contract import Store
@@ -63,9 +64,9 @@ def kernel_dirty_share() -> int:
     return int(values["nr_dirty_threshold"]) * PAGE // 100
 
 
-def open_store(spec: Spec) -> Store:
+def open_store(spec: Spec, journal: Journal) -> Store:
     """The store that `spec.source` names."""
-    return DirectoryStore(spec.source, spec.read_only)
+    return DirectoryStore(spec.source, spec.read_only, journal)
 
 
 class Mount:
@@ -78,7 +79,8 @@ class Mount:
         self._impatient = threading.Event()
         self.lost = 0
         """Bytes that were given up at the end."""
-        store, self._meter = shaped(open_store(spec), spec.shape)
+        self.journal = Journal()
+        store, self._meter = shaped(open_store(spec, self.journal), spec.shape)
         self.cache: WritebackCache | None = None
         self.engine: Engine | None = None
         try:
@@ -106,7 +108,7 @@ class Mount:
         spec = self.spec
         direct, wait = spec.kernel_cache == "off", spec.on_close == "wait"
         if spec.policy == "writethrough":
-            return StoreFileSystem(store, direct, wait)
+            return StoreFileSystem(store, direct, wait, self.journal)
         max_write = min(StoreFileSystem.max_write, max_pages_limit() * PAGE)
         # Root tells the kernel how much it may hold (see _tune); others have to live with its default.
         kernel_dirty = self._kernel_share() if os.geteuid() == 0 else kernel_dirty_share()
@@ -120,7 +122,8 @@ class Mount:
                 outer._drain()
                 super().destroy()
 
-        return Draining(store, self.cache, self.engine, spec.kernel_cache == "writeback", direct, wait)
+        kernel_writeback = spec.kernel_cache == "writeback"
+        return Draining(store, self.cache, self.engine, kernel_writeback, direct, wait, self.journal)
 
     def _kernel_share(self) -> int:
         return max(4 * MIB, self.spec.log_size // 8)
@@ -195,7 +198,7 @@ class Mount:
         if cache is None or not isinstance(fs, CachedFileSystem):
             fs.store.sync_all()
             return
-        for ino in {h.ino for h in list(fs.handles.values()) if h.writable}:
+        for ino in {handle.ino for _, handle in fs.handles.all() if handle.writable}:
             fs.pull(ino)
         progress: list[int] = []
         with ThreadPoolExecutor(1, "drain") as pool:

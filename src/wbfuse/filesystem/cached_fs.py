@@ -17,7 +17,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from wbfuse.filesystem.api import PARKED, Buffer, Lent, Parked, Request, WouldBlock
-from wbfuse.filesystem.store_fs import MAX_OFFSET, O_DSYNC, Handle, StoreFileSystem
+from wbfuse.filesystem.handles import Handle
+from wbfuse.filesystem.store_fs import MAX_OFFSET, O_DSYNC, StoreFileSystem, writable
+from wbfuse.journal import Journal
 from wbfuse.store.contract import Found, Store
 from wbfuse.wire import replies
 from wbfuse.wire import requests as wire
@@ -55,9 +57,9 @@ class CachedFileSystem(StoreFileSystem):
 
     def __init__(
         self, store: Store, cache: WritebackCache, engine: Engine, kernel_writeback: bool, direct_io: bool = False,
-        wait_on_close: bool = True,
+        wait_on_close: bool = True, journal: Journal | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(store, direct_io, wait_on_close)
+        super().__init__(store, direct_io, wait_on_close, journal)
         self.cache = cache
         self.engine = engine
         self.kernel_writeback = kernel_writeback
@@ -70,6 +72,7 @@ class CachedFileSystem(StoreFileSystem):
         return self.cache.receive_target()
 
     def init(self, agreement: Agreement) -> None:
+        super().init(agreement)
         self.cache.can_resend = bool(agreement.capabilities & Cap.HAS_RESEND)
         self.engine.on_room = self._ask_again
 
@@ -178,11 +181,11 @@ class CachedFileSystem(StoreFileSystem):
         ino = request.nodeid
         if open_flags & OPEN_KILL_SUIDGID:
             self._kill_suid(ino)
-        fh, handle = self._handle(ino, flags)
+        fh, handle = self.handles.open(ino, writable(flags))
         try:
             self._attach(handle)
         except OSError:
-            del self.handles[fh]
+            self.handles.close(fh)
             raise
         return Opened(fh, self._open_flags)
 
@@ -204,7 +207,7 @@ class CachedFileSystem(StoreFileSystem):
 
     def _created(self, found: Found, flags: int) -> tuple[Entry, Opened]:
         ino, attr = found
-        fh, handle = self._handle(ino, flags | os.O_RDWR)
+        fh, handle = self.handles.open(ino, True)
         self._attach(handle, attr)
         handle.file.bare = attr.size == 0 and attr.nlink <= 1
         return self._entry(found), Opened(fh, self._open_flags)
@@ -216,7 +219,7 @@ class CachedFileSystem(StoreFileSystem):
         f = handle.file
         if (f is None or f.unlinked) and not request.blocking:
             raise WouldBlock  # removing an orphan takes the store's time
-        del self.handles[fh]
+        self.handles.close(fh)
         if f is None:
             self.store.drop(handle.ino)
         else:

@@ -1,21 +1,21 @@
 """StoreFileSystem: a store as a FUSE file system, write-through. Every change is in the store before its reply.
 
-It keeps open handles in memory and nothing else; the store counts the references that entries give to the kernel.
+It keeps the open table and nothing else; the store counts the references that entries give to the kernel.
 """
 
 from __future__ import annotations
 
 import errno
-import itertools
 import mmap
 import os
 import stat
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from wbfuse.filesystem.api import Buffer, EntryMaker, FileSystem, Parked, Request, WouldBlock
+from wbfuse.filesystem.handles import OpenTable
+from wbfuse.journal import Journal, Kind
 from wbfuse.store.contract import Change, Found, Owner, Store
 from wbfuse.wire import requests as wire
 from wbfuse.wire.constants import (
@@ -34,40 +34,35 @@ from wbfuse.wire.constants import (
     WRITE_KILL_SUIDGID,
     Cap,
 )
+from wbfuse.wire.negotiate import Agreement
 from wbfuse.wire.types import Attr, Dirent, Entry, Opened, Statfs
 
 O_DSYNC = os.O_DSYNC
 MAX_OFFSET = (1 << 63) - 1
 
 
-class Handle:
-    """An open file. `errors_seen` is where this opener stands in the file's errseq."""
-
-    __slots__ = ("errors_seen", "file", "ino", "writable", "written")
-
-    def __init__(self, ino: int, writable: bool) -> None:
-        self.ino = ino
-        self.writable = writable
-        self.written = False
-        self.errors_seen = 0
-        self.file: Any = None
-        """The cache's state of the file, where there is a cache."""
-
-
 class StoreFileSystem(FileSystem):
-    """Serve `store`. `direct_io` keeps file data out of the kernel's cache; `wait_on_close` makes close(2) durable."""
+    """Serve `store`. `direct_io` keeps file data out of the kernel's cache; `wait_on_close` makes close(2) durable.
+
+    `journal` keeps what a server that comes after this one must know.
+    """
 
     capabilities = FileSystem.capabilities | Cap.HANDLE_KILLPRIV_V2 | Cap.DIRECT_IO_ALLOW_MMAP | Cap.CACHE_SYMLINKS
     inline = frozenset({"forget", "batch_forget", "read", "releasedir", "flush", "opendir"})
     readers = 2
 
-    def __init__(self, store: Store, direct_io: bool = False, wait_on_close: bool = True) -> None:
+    def __init__(
+        self, store: Store, direct_io: bool = False, wait_on_close: bool = True, journal: Journal | None = None
+    ) -> None:
         self.store = store
         self.direct_io = direct_io
         self.wait_on_close = wait_on_close
-        self._fhs = itertools.count(1)
-        self.handles: dict[int, Handle] = {}
+        self._journal = journal or Journal()
+        self.handles = OpenTable(self._journal)
         self._buffers = threading.local()
+
+    def init(self, agreement: Agreement) -> None:
+        self._journal.put(Kind.AGREEMENT, 0, agreement.encode())
 
     def destroy(self) -> None:
         self.store.close()
@@ -207,12 +202,6 @@ class StoreFileSystem(FileSystem):
 
     # open files
 
-    def _handle(self, ino: int, flags: int) -> tuple[int, Handle]:
-        handle = Handle(ino, (flags & os.O_ACCMODE) != os.O_RDONLY)
-        fh = next(self._fhs)
-        self.handles[fh] = handle
-        return fh, handle
-
     @property
     def _open_flags(self) -> int:
         return FOPEN_DIRECT_IO if self.direct_io else FOPEN_KEEP_CACHE
@@ -222,7 +211,7 @@ class StoreFileSystem(FileSystem):
         if open_flags & OPEN_KILL_SUIDGID:
             self._kill_suid(ino)
         self.store.hold(ino)
-        fh, _ = self._handle(ino, flags)
+        fh, _ = self.handles.open(ino, writable(flags))
         return Opened(fh, self._open_flags)
 
     def create(self, request: Request, name: bytes, flags: int, mode: int, umask: int) -> tuple[Entry, Opened]:
@@ -236,14 +225,14 @@ class StoreFileSystem(FileSystem):
 
     def _created(self, found: Found, flags: int) -> tuple[Entry, Opened]:
         self.store.hold(found[0])
-        fh, _ = self._handle(found[0], flags)
+        fh, _ = self.handles.open(found[0], writable(flags))
         return self._entry(found), Opened(fh, self._open_flags)
 
     def tmpfile(self, request: Request, flags: int, mode: int, umask: int) -> tuple[Entry, Opened]:
         return self._created(self.store.tmpfile(request.nodeid, mode, self._owner(request)), flags)
 
     def release(self, request: Request, fh: int, flags: int) -> None:
-        handle = self.handles.pop(fh, None)
+        handle = self.handles.close(fh)
         if handle is not None:
             self.store.drop(handle.ino)
 
@@ -335,6 +324,11 @@ class StoreFileSystem(FileSystem):
     def fsyncdir(self, request: Request, fh: int, datasync: bool) -> Parked | None:
         self.store.fsyncdir(request.nodeid)
         return None
+
+
+def writable(flags: int) -> bool:
+    """Whether open(2) with these flags may write."""
+    return (flags & os.O_ACCMODE) != os.O_RDONLY
 
 
 def signed_ns(seconds: int, nanoseconds: int) -> int:

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from wbfuse.cli import mount as command
 from wbfuse.control import mount as control
+from wbfuse.journal import Journal
 from wbfuse.store.contract import Progress, Round, Store
 
 
@@ -63,10 +64,10 @@ class FaultyStore:
 
 def main() -> None:
     script = sys.argv.pop(1)
-    build: Callable[[control.Spec], Store] = control.open_store
+    build: Callable[[control.Spec, Journal], Store] = control.open_store
 
-    def faulty(spec: control.Spec) -> Store:
-        return cast(Store, FaultyStore(build(spec), script))
+    def faulty(spec: control.Spec, journal: Journal) -> Store:
+        return cast(Store, FaultyStore(build(spec, journal), script))
 
     control.open_store = faulty
     command.mount.main(prog_name="faults")

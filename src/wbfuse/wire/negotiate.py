@@ -50,6 +50,12 @@ class Agreement:
             self.max_background * 3 // 4,
         )
 
+    @classmethod
+    def decode(cls, body: bytes) -> Agreement:
+        """What `encode` gave: how a server that comes after the one that negotiated knows what holds."""
+        _, minor, readahead, low, background, _, max_write, _, _, _, high, *_ = replies.INIT_OUT.unpack(body)
+        return cls(minor, Cap(high << 32 | low), max_write, readahead, background)
+
 
 def negotiate(offer: Init, wishes: Wishes, max_pages_limit: int = 256) -> Agreement:
     """What to answer to `offer`.

@@ -20,7 +20,7 @@ _STATFS = Struct("<QQQQQIII28x")
 _LOCK = Struct("<QQII")
 _DIRENT = Struct("<QQII")
 _IOCTL = Struct("<iIII")
-_INIT = Struct("<IIIIHHIIHHIIH22x")
+INIT_OUT = Struct("<IIIIHHIIHHIIH22x")
 _STATX = Struct("<QII16xIIQIIIH2xQQQQqI4xqI4xqI4xqI4xIIII112x")
 _INVAL_INODE = Struct("<Qqq")
 _INVAL_ENTRY = Struct("<QII")
@@ -131,7 +131,7 @@ def init_out(
     congestion_threshold: int,
 ) -> bytes:  # fmt: skip
     """Answer to INIT, 64 bytes. `time_gran` is 1 ns; `capabilities` as in `Cap`."""
-    return _INIT.pack(
+    return INIT_OUT.pack(
         7, minor, max_readahead, capabilities & 0xFFFF_FFFF, max_background, congestion_threshold, max_write,
         1, max_pages, 0, capabilities >> 32, 0, 0,
     )  # fmt: skip

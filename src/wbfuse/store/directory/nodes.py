@@ -6,13 +6,18 @@ inode number of a removed one is another. Numbers come from a counter and are ne
 A node stays while somebody above has a reference to it (`lookups`, `holds`) and while another node is found through
 it (`children`): a dirty file must find its way though the kernel has forgotten the directory.
 
+Every change is in the journal before anybody is told of it, so that the next server knows the same numbers. What it
+cannot know is how often the kernel looked a node up; that counts as once, for the kernel forgets all of it at a time.
+
 Lock: the store's `_table` guards all of it, for an instant at a time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from struct import Struct
 
+from wbfuse.journal import Counter, Journal, Kind
 from wbfuse.store.contract import ROOT_INO
 from wbfuse.store.directory.syscalls import Identity
 
@@ -20,6 +25,12 @@ Place = tuple[int, bytes]
 """(parent ino, name). Parent 0 is the orphanage: a link of wbfuse's own that keeps an unlinked open file."""
 
 ORPHANAGE = 0
+
+_NODE = Struct("<QQqIB")
+"""Device, inode, birth time in ns, type, and whether the file is gone from the store."""
+_PLACE = Struct("<QB")
+_JOURNALED = 32
+"""So many places of a node are in its record, the freshest. One is enough to find it; a file may have 65,000."""
 
 
 @dataclass(slots=True)
@@ -35,6 +46,8 @@ class Node:
     holds: int = 0
     children: int = 0
     """Places of other nodes that name this one as parent."""
+    removed: bool = False
+    """It is gone from the store for good: its identity may be another's soon."""
 
     @property
     def orphan(self) -> bool:
@@ -42,21 +55,53 @@ class Node:
         return any(parent == ORPHANAGE for parent, _ in self.places)
 
 
-class Nodes:
-    """ino -> Node and identity -> Node."""
+def pack(node: Node) -> bytes:
+    """A node as its journal entry."""
+    out = [_NODE.pack(*node.identity, node.kind, node.removed)]
+    for parent, name in node.places[-_JOURNALED:]:
+        out += (_PLACE.pack(parent, len(name)), name)
+    return b"".join(out)
 
-    def __init__(self, root: Identity, kind: int) -> None:
-        self._next = ROOT_INO + 1
+
+def unpack(ino: int, entry: bytes) -> Node:
+    """The node of a journal entry, looked up once."""
+    device, inode, born, kind, removed = _NODE.unpack_from(entry)
+    node = Node(ino, (device, inode, born), kind, lookups=1, removed=bool(removed))
+    at = _NODE.size
+    while at < len(entry):
+        parent, length = _PLACE.unpack_from(entry, at)
+        at += _PLACE.size + length
+        node.places.append((parent, entry[at - length : at]))
+    return node
+
+
+class Nodes:
+    """ino -> Node and identity -> Node, beginning with what `journal` inherited."""
+
+    def __init__(self, root: Identity, kind: int, journal: Journal) -> None:
+        self._journal = journal
+        self._numbers = Counter(journal, Kind.NODE, ROOT_INO + 1)
         top = Node(ROOT_INO, root, kind, lookups=1)
         self.by_ino: dict[int, Node] = {ROOT_INO: top}
         self._by_identity: dict[Identity, Node] = {root: top}
+        for ino, entry in journal.inherited(Kind.NODE).items():
+            node = self.by_ino[ino] = unpack(ino, entry)
+            if not node.removed:
+                self._by_identity[node.identity] = node
+        for node in self.by_ino.values():
+            for parent, _ in node.places:
+                if parent in self.by_ino:
+                    self.by_ino[parent].children += 1
+
+    def _stamp(self, node: Node) -> None:
+        if self.by_ino.get(node.ino) is node:
+            self._journal.put(Kind.NODE, node.ino, pack(node))
 
     def see(self, identity: Identity, kind: int, place: Place) -> Node:
         """The node of a file just found at `place`, made where it is new, with one more lookup."""
         node = self._by_identity.get(identity)
         if node is None:
-            node = Node(self._next, identity, kind)
-            self._next += 1
+            node = Node(self._numbers.take(), identity, kind)
             self.by_ino[node.ino] = node
             self._by_identity[identity] = node
         node.lookups += 1
@@ -77,12 +122,14 @@ class Nodes:
             if parent is not None:
                 parent.children += 1
         node.places.append(place)
+        self._stamp(node)
 
     def lose(self, node: Node, place: Place) -> list[int]:
         """`node` is not at `place` any more. Answers the numbers of nodes that nobody needs now."""
         if place not in node.places:
             return []
         node.places.remove(place)
+        self._stamp(node)
         parent = self.by_ino.get(place[0])
         if parent is None:
             return []
@@ -96,6 +143,7 @@ class Nodes:
         if self.by_ino.get(node.ino) is not node:
             return []
         del self.by_ino[node.ino]
+        self._journal.remove(Kind.NODE, node.ino)
         if self._by_identity.get(node.identity) is node:
             del self._by_identity[node.identity]
         gone = [node.ino]
@@ -103,7 +151,9 @@ class Nodes:
             gone += self.lose(node, place)
         return gone
 
-    def replaced(self, node: Node) -> None:
-        """The file is gone from the store for good: its identity may be another's soon."""
+    def removed(self, node: Node) -> None:
+        """The file is gone from the store for good."""
         if self._by_identity.get(node.identity) is node:
             del self._by_identity[node.identity]
+            node.removed = True
+            self._stamp(node)

@@ -19,6 +19,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
+from wbfuse.journal import Journal
 from wbfuse.store.contract import ROOT_INO, Capabilities, Change, Found, Owner, Store
 from wbfuse.store.directory import syscalls
 from wbfuse.store.directory.data import DirectoryData
@@ -43,9 +44,12 @@ def _proc(fd: Fd) -> str:
 
 
 class DirectoryStore(DirectoryData, Store):
-    """Serve `path`. Raises SourceError where that cannot be. One store at a time has a directory for writing."""
+    """Serve `path`. Raises SourceError where that cannot be. One store at a time has a directory for writing.
 
-    def __init__(self, path: str, read_only: bool = False) -> None:
+    `journal` keeps the node numbers for a server that comes after this one.
+    """
+
+    def __init__(self, path: str, read_only: bool = False, journal: Journal | None = None) -> None:
         try:
             self._root = Fd(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         except FileNotFoundError:
@@ -70,7 +74,7 @@ class DirectoryStore(DirectoryData, Store):
         self._device = identity[0]
         self.names = threading.RLock()
         self._table = threading.Lock()
-        self._nodes = Nodes(identity, stat.S_IFMT(attr.mode))
+        self._nodes = Nodes(identity, stat.S_IFMT(attr.mode), journal or Journal())
         self._orphanage: Fd | None = None
         DirectoryData.__init__(self, share)
         self._max_file_size = (1 << 63) - 1 if read_only else syscalls.max_file_size(self._root.n)
@@ -348,7 +352,7 @@ class DirectoryStore(DirectoryData, Store):
         with self._table:
             gone = self._nodes.lose(node, place)
             if links == 0 and not node.holds:
-                self._nodes.replaced(node)
+                self._nodes.removed(node)
                 gone.append(node.ino)
         self._close_all(gone)
         return node.ino, links
@@ -519,6 +523,6 @@ class DirectoryStore(DirectoryData, Store):
             self._unshelter(node)
             with self._table:
                 if attr.nlink == 1:
-                    self._nodes.replaced(node)
+                    self._nodes.removed(node)
                 gone = self._nodes.settle(node)
             self._close_all([node.ino, *gone])

@@ -1,0 +1,62 @@
+"""The open table: file handles by fh. Each is in the journal before the reply that hands it out, until its RELEASE.
+
+A handle is how the kernel names an open file; what is known of the file itself is by node, elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from struct import Struct
+from typing import Any
+
+from wbfuse.journal import Counter, Journal, Kind
+
+_ENTRY = Struct("<QB")
+_WRITABLE = 1
+
+
+class Handle:
+    """An open file. `errors_seen` is where this opener stands in the file's errseq."""
+
+    __slots__ = ("errors_seen", "file", "ino", "writable", "written")
+
+    def __init__(self, ino: int, writable: bool) -> None:
+        self.ino = ino
+        self.writable = writable
+        self.written = False
+        """Since it was last made durable (known without a cache only)."""
+        self.errors_seen = 0
+        self.file: Any = None
+        """The cache's state of the file, where there is a cache."""
+
+
+class OpenTable:
+    """fh -> Handle, beginning with what `journal` inherited. Any thread may call it: each change is one of a dict."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._fhs = Counter(journal, Kind.OPEN, 1)
+        self._handles: dict[int, Handle] = {}
+        for fh, entry in journal.inherited(Kind.OPEN).items():
+            ino, flags = _ENTRY.unpack(entry)
+            handle = self._handles[fh] = Handle(ino, bool(flags & _WRITABLE))
+            handle.written = handle.writable  # it may have, before its server died
+
+    def open(self, ino: int, writable: bool) -> tuple[int, Handle]:
+        fh, handle = self._fhs.take(), Handle(ino, writable)
+        self._journal.put(Kind.OPEN, fh, _ENTRY.pack(ino, _WRITABLE if writable else 0))
+        self._handles[fh] = handle
+        return fh, handle
+
+    def get(self, fh: int) -> Handle | None:
+        return self._handles.get(fh)
+
+    def close(self, fh: int) -> Handle | None:
+        """Take it out; None where it is not there."""
+        handle = self._handles.pop(fh, None)
+        if handle is not None:
+            self._journal.remove(Kind.OPEN, fh)
+        return handle
+
+    def all(self) -> Iterable[tuple[int, Handle]]:
+        return list(self._handles.items())
