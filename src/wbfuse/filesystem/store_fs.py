@@ -163,9 +163,9 @@ class StoreFileSystem(FileSystem):
         if valid & FATTR_GID:
             out.gid = change.gid
         if valid & FATTR_ATIME:
-            out.atime_ns = now_ns if valid & FATTR_ATIME_NOW else signed_ns(change.atime, change.atimensec)
+            out.atime_ns = now_ns if valid & FATTR_ATIME_NOW else change.atime_ns
         if valid & FATTR_MTIME:
-            out.mtime_ns = now_ns if valid & FATTR_MTIME_NOW else signed_ns(change.mtime, change.mtimensec)
+            out.mtime_ns = now_ns if valid & FATTR_MTIME_NOW else change.mtime_ns
         return out
 
     def _resize(self, request: Request, size: int) -> None:
@@ -329,8 +329,3 @@ class StoreFileSystem(FileSystem):
 def writable(flags: int) -> bool:
     """Whether open(2) with these flags may write."""
     return (flags & os.O_ACCMODE) != os.O_RDONLY
-
-
-def signed_ns(seconds: int, nanoseconds: int) -> int:
-    """A time of SETATTR: seconds are two's complement in 64 bits."""
-    return (seconds - (1 << 64) if seconds >> 63 else seconds) * 1_000_000_000 + nanoseconds

@@ -70,15 +70,20 @@ class Setattr:
 
     @property
     def atime_ns(self) -> int:
-        return self.atime * 1_000_000_000 + self.atimensec
+        return _signed_ns(self.atime, self.atimensec)
 
     @property
     def mtime_ns(self) -> int:
-        return self.mtime * 1_000_000_000 + self.mtimensec
+        return _signed_ns(self.mtime, self.mtimensec)
 
     @property
     def ctime_ns(self) -> int:
-        return self.ctime * 1_000_000_000 + self.ctimensec
+        return _signed_ns(self.ctime, self.ctimensec)
+
+
+def _signed_ns(seconds: int, nanoseconds: int) -> int:
+    """Seconds are two's complement in 64 bits."""
+    return (seconds - (1 << 64) if seconds >> 63 else seconds) * 1_000_000_000 + nanoseconds
 
 
 @dataclass(slots=True)

@@ -235,7 +235,7 @@ class WritebackCache:
         """Tell the store that `ino` is not held any more. Nobody waits for what it says, so it is logged."""
         try:
             self.store.drop(ino)
-        except OSError:
+        except Exception:  # a defect of a store must not end the thread that happens to call this
             log.exception("node %d could not be dropped", ino)
 
     def let_go_since(self, epoch: int, ino: int) -> bool:

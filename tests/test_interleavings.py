@@ -1,0 +1,497 @@
+"""Interleavings that a real mount hits once in a million, forced: the real file system, cache, engine and store, with a
+hook before or after any call of the store. No mount, so the test itself may act for the kernel.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from wbfuse.filesystem.api import PARKED, Lent, Parked, Request, WouldBlock
+from wbfuse.filesystem.cached_fs import CachedFileSystem
+from wbfuse.store.contract import ROOT_INO, Change, Store
+from wbfuse.store.directory import DirectoryStore
+from wbfuse.wire.constants import FATTR_MTIME
+from wbfuse.wire.requests import Setattr
+from wbfuse.writeback.cache import File, WritebackCache
+from wbfuse.writeback.engine import Engine
+from wbfuse.writeback.file import Generation
+
+MIB = 1 << 20
+PATIENCE = 20.0
+"""Seconds after which an event that should come is called missing."""
+
+Hook = Callable[..., object]
+
+
+def wait_for(event: threading.Event) -> None:
+    assert event.wait(PATIENCE), "it never happened"
+
+
+class Hooked:
+    """A store with hooks; a hook may raise, wait, or do what somebody else would do just then."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.before: dict[str, Hook] = {}
+        self.after: dict[str, Hook] = {}
+        self.calls: Counter[str] = Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.store, name)
+        if not callable(found):
+            return found
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls[name] += 1
+            if name in self.before:
+                self.before[name](*args)
+            answer = found(*args, **kwargs)
+            if name in self.after:
+                self.after[name](*args)
+            return answer
+
+        return call
+
+    def once_after(self, name: str, act: Callable[[], object]) -> None:
+        def hook(*_: object) -> None:
+            del self.after[name]
+            act()
+
+        self.after[name] = hook
+
+
+class HookedEngine(Engine):
+    """Tells when a round has ended, and lets a test act just before it does."""
+
+    def __init__(self, cache: WritebackCache, dirty_expire: float) -> None:
+        super().__init__(cache, dirty_expire)
+        self.before_finish: Callable[[], None] | None = None
+        self.finished: list[tuple[int, int]] = []
+        """(ino, errno) of rounds and syncs."""
+        self.news = threading.Condition()
+
+    def _finish(self, f: File, g: Generation | None, error: int) -> None:
+        if self.before_finish is not None:
+            act, self.before_finish = self.before_finish, None
+            act()
+        super()._finish(f, g, error)
+        with self.news:
+            self.finished.append((f.ino, error))
+            self.news.notify_all()
+
+    def wait_until(self, n: int) -> None:
+        """Until `n` rounds and syncs have ended."""
+        with self.news:
+            assert self.news.wait_for(lambda: len(self.finished) >= n, PATIENCE), self.finished
+
+
+class Stage:
+    """The kernel's part is played by the test: requests go to `fs` with bare arguments."""
+
+    def __init__(self, source: Path, clock: Callable[[], float] = time.monotonic, expire: float = 0.02) -> None:
+        self.source = source
+        self.store = Hooked(DirectoryStore(str(source)))
+        self.cache = WritebackCache(cast(Store, self.store), 64 * MIB, MIB, 4 * MIB, clock)
+        self.engine = HookedEngine(self.cache, expire)
+        self.fs = CachedFileSystem(cast(Store, self.store), self.cache, self.engine, False)
+        self.started = False
+        self.replies: dict[int, tuple[object, int]] = {}
+        self.news = threading.Condition()
+        self._unique = 0
+
+    def start(self) -> None:
+        self.started = True
+        self.engine.start()
+
+    def end(self) -> None:
+        self.store.before.clear()
+        self.store.after.clear()
+        if self.started:
+            self.engine.stop()
+        self.store.close()
+        self.cache.log.close()
+
+    # the way back of parked requests
+
+    def park(self, request: Request) -> Parked:
+        return PARKED
+
+    def complete(self, request: Request, value: object, error: int) -> None:
+        with self.news:
+            self.replies[request.unique] = value, error
+            self.news.notify_all()
+
+    def reply(self, unique: int) -> tuple[object, int]:
+        with self.news:
+            assert self.news.wait_for(lambda: unique in self.replies, PATIENCE), "never answered"
+            return self.replies[unique]
+
+    # requests
+
+    def request(self, nodeid: int, blocking: bool = True) -> Request:
+        self._unique += 1
+        request = Request(self._unique, nodeid, 0, 0, 0, self)
+        request.blocking = blocking
+        return request
+
+    def create(self, name: bytes) -> tuple[int, int]:
+        entry, opened = self.fs.create(self.request(ROOT_INO), name, os.O_RDWR, 0o644, 0)
+        return entry.nodeid, opened.fh
+
+    def write(self, ino: int, fh: int, offset: int, data: bytes) -> None:
+        """As the reader does: received at the tail, served inline."""
+        target = self.cache.receive_target()
+        target[: len(data)] = data
+        self.fs.write(self.request(ino, blocking=False), fh, offset, target[: len(data)], 0, 0)
+
+    def fsync(self, ino: int, fh: int) -> int | None:
+        """The unique of a request that waits; None where it is answered at once."""
+        request = self.request(ino)
+        return request.unique if self.fs.fsync(request, fh, False) is PARKED else None
+
+    def stored(self, name: str) -> bytes:
+        return (self.source / name).read_bytes()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "source"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def stage(source: Path) -> Iterator[Stage]:
+    made = Stage(source)
+    yield made
+    made.end()
+
+
+def test_whoever_begins_to_wait_during_a_commit_gets_a_sync_of_its_own(stage: Stage) -> None:
+    ino, fh = stage.create(b"f")
+    stage.write(ino, fh, 0, b"x" * 4096)
+    waiting: list[int | None] = []
+    stage.engine.before_finish = lambda: waiting.append(stage.fsync(ino, fh))
+    stage.start()
+    stage.engine.wait_until(1)
+    assert waiting[0] is not None
+    assert stage.reply(waiting[0]) == (None, 0)
+    assert stage.store.calls["sync"] == 1
+
+
+def test_a_commit_during_sync_all_is_not_taken_for_durable(stage: Stage) -> None:
+    ino, fh = stage.create(b"f")
+    stage.start()
+
+    def somebody_writes() -> None:
+        stage.write(ino, fh, 0, b"y")
+        stage.engine.wait_until(1)
+
+    stage.store.once_after("sync_all", somebody_writes)
+    assert stage.cache.drain(lambda _left: None, lambda: False) == []
+    unique = stage.fsync(ino, fh)
+    assert unique is not None, "what came after sync_all is not durable"
+    assert stage.reply(unique) == (None, 0)
+    assert stage.store.calls["sync"] == 1
+
+
+def test_no_round_begins_while_the_store_copies_into_the_file(stage: Stage) -> None:
+    source, fh_in = stage.create(b"from")
+    target, fh_out = stage.create(b"to")
+    os.write(fd := os.open(stage.source / "from", os.O_WRONLY), b"S" * 8192)
+    os.close(fd)
+
+    waiting: list[int | None] = []
+
+    def somebody_writes() -> None:
+        stage.write(target, fh_out, 0, b"new")
+        waiting.append(stage.fsync(target, fh_out))
+        cache = stage.cache
+        with cache.lock:
+            assert not any(target in queue for queue in (cache.dirty, cache.full, cache.urgent))
+
+    stage.store.once_after("copy_range", somebody_writes)
+    stage.start()
+    done = stage.fs.copy_file_range(stage.request(source), fh_in, 0, target, fh_out, 4096, 8192, 0)
+    assert done == 8192
+    assert waiting[0] is not None
+    assert stage.reply(waiting[0]) == (None, 0)
+    assert stage.stored("to") == b"new" + bytes(4093) + b"S" * 8192
+
+
+@pytest.mark.parametrize("dirty", ["from", "to"])
+def test_the_store_does_not_copy_what_is_not_committed(stage: Stage, dirty: str) -> None:
+    source, fh_in = stage.create(b"from")
+    target, fh_out = stage.create(b"to")
+    ino, fh = (source, fh_in) if dirty == "from" else (target, fh_out)
+    stage.write(ino, fh, 0, b"not yet there")
+    with pytest.raises(OSError, match=os.strerror(errno.EOPNOTSUPP)):
+        stage.fs.copy_file_range(stage.request(source), fh_in, 0, target, fh_out, 0, 100, 0)
+    assert stage.store.calls["copy_range"] == 0
+
+
+def test_bytes_lent_to_a_reply_stay_until_it_is_sent(stage: Stage) -> None:
+    ino, fh = stage.create(b"f")
+    other, other_fh = stage.create(b"g")
+    for n in range(4):
+        stage.write(ino, fh, n * MIB, b"F" * MIB)
+    lent = stage.fs.read(stage.request(ino, blocking=False), fh, 0, 4096, 0)
+    assert isinstance(lent, Lent)
+    stage.start()
+    stage.engine.wait_until(1)  # the round has ended: nothing but the reply needs its segment
+    for n in range(24):
+        stage.fs.write(stage.request(other), other_fh, n * MIB, memoryview(b"G" * MIB), 0, 0)
+    assert bytes(lent[0]) == b"F" * 4096
+    free = stage.cache.log.free_segments
+    lent.release()
+    assert stage.cache.log.free_segments > free
+
+
+@pytest.mark.parametrize("how", ["open", "lookup"])
+def test_attributes_read_before_a_commit_are_not_adopted_after_it(stage: Stage, how: str) -> None:
+    """Between the store's answer and its use somebody else opens, writes, commits and closes."""
+    ino, fh = stage.create(b"f")
+    stage.fs.release(stage.request(ino), fh, 0)
+
+    def a_whole_life() -> None:
+        opened = stage.fs.open(stage.request(ino), os.O_RDWR, 0)
+        stage.write(ino, opened.fh, 0, b"z" * 100_000)
+        stage.fs.release(stage.request(ino), opened.fh, 0)
+        stage.engine.wait_until(1)
+
+    stage.start()
+    if how == "open":
+        stage.store.once_after("getattr", a_whole_life)
+        opened = stage.fs.open(stage.request(ino), os.O_RDWR, 0)
+        stage.write(ino, opened.fh, 0, b"1")
+        unique = stage.fsync(ino, opened.fh)
+        assert unique is not None
+        assert stage.reply(unique) == (None, 0)
+        assert len(stage.stored("f")) == 100_000
+    else:
+        stage.store.once_after("lookup", a_whole_life)
+        assert stage.fs.lookup(stage.request(ROOT_INO), b"f").attr.size == 100_000
+
+
+def test_a_mode_set_during_a_commit_is_shown(stage: Stage) -> None:
+    ino, fh = stage.create(b"f")
+    stage.store.once_after("getattr", lambda: stage.fs.changed(ino, stage.store.setattr(ino, Change(mode=0o600))))
+    stage.write(ino, fh, 0, b"z")
+    stage.start()
+    stage.engine.wait_until(1)
+    assert stat.S_IMODE(stage.fs.getattr(stage.request(ino), None).mode) == 0o600
+
+
+def test_a_lookup_keeps_its_node_though_an_older_one_is_forgotten(stage: Stage) -> None:
+    ino, fh = stage.create(b"f")
+    stage.fs.release(stage.request(ino), fh, 0)
+    stage.start()
+    stage.store.once_after("lookup", lambda: stage.fs.forget(stage.request(ino, blocking=False), 1))
+    entry = stage.fs.lookup(stage.request(ROOT_INO), b"f")
+    opened = stage.fs.open(stage.request(entry.nodeid), os.O_RDONLY, 0)
+    stage.fs.release(stage.request(ino), opened.fh, 0)
+
+
+def test_a_file_opened_while_it_is_unlinked_can_be_written_and_closed(stage: Stage) -> None:
+    ino, fh = stage.create(b"f")
+    stage.fs.release(stage.request(ino), fh, 0)
+    stage.start()
+    stage.store.once_after("getattr", lambda: stage.fs.unlink(stage.request(ROOT_INO), b"f"))
+    opened = stage.fs.open(stage.request(ino), os.O_RDWR, 0)
+    orphans, removed = stage.source / ".wbfuse" / "orphans", threading.Event()
+    assert len(os.listdir(orphans)) == 1
+    stage.store.after["drop"] = lambda *_: removed.set() if not os.listdir(orphans) else None
+    stage.write(ino, opened.fh, 0, b"to nobody")
+    stage.fs.release(stage.request(ino), opened.fh, 0)
+    wait_for(removed)
+    assert stage.cache.drain(lambda _left: None, lambda: False) == []
+    assert ino not in stage.cache.files
+
+
+def test_forget_does_not_wait_for_a_name_operation(stage: Stage) -> None:
+    ino, fh = stage.create(b"f")
+    stage.fs.release(stage.request(ino), fh, 0)
+    stage.start()
+    forgotten = threading.Event()
+
+    def forget() -> None:
+        stage.fs.forget(stage.request(ino, blocking=False), 1)
+        forgotten.set()
+
+    store = cast(DirectoryStore, stage.store.store)
+    with store.names:  # a slow unlink(2) is under way
+        thread = threading.Thread(target=forget)
+        thread.start()
+        wait_for(forgotten)
+    thread.join()
+
+
+def test_age_is_watched_while_another_round_is_under_way(source: Path) -> None:
+    """The committer that watched the oldest file's age takes that file: another must watch the next."""
+    stage = Stage(source, expire=0.2)
+    slow, slow_fh = stage.create(b"slow")
+    young, young_fh = stage.create(b"young")
+    under_way, written = threading.Event(), threading.Event()
+
+    def commit(round_: Any, _progress: object) -> None:
+        if round_.ino == slow:
+            under_way.set()
+            wait_for(written)
+        else:
+            written.set()
+
+    stage.store.before["commit"] = commit
+    try:
+        stage.start()
+        stage.write(slow, slow_fh, 0, b"1")
+        stage.write(young, young_fh, 0, b"2")
+        wait_for(under_way)
+        wait_for(written)  # though the one round that age alone may start has not ended
+        stage.engine.wait_until(2)
+        assert stage.stored("young") == b"2"
+    finally:
+        written.set()
+        stage.end()
+
+
+def test_a_store_that_cannot_drop_does_not_end_write_back(stage: Stage) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a defect of the store")
+
+    stage.start()
+    for n in range(20):  # more than there are committers
+        ino, fh = stage.create(b"f%d" % n)
+        stage.write(ino, fh, 0, b"x")
+        stage.store.before["drop"] = fail
+        stage.fs.release(stage.request(ino), fh, 0)
+        stage.engine.wait_until(n + 1)
+        del stage.store.before["drop"]
+    assert stage.stored("f19") == b"x"
+
+
+class Clock:
+    """Time that moves when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.asked = threading.Condition()
+        self.times = 0
+
+    def __call__(self) -> float:
+        with self.asked:
+            self.times += 1
+            self.asked.notify_all()
+            return self.now
+
+    def wait_asked(self, more: int) -> None:
+        with self.asked:
+            until = self.times + more
+            assert self.asked.wait_for(lambda: self.times >= until, PATIENCE)
+
+
+def test_a_sync_that_fails_for_now_is_not_tried_again_before_its_time(source: Path) -> None:
+    clock = Clock()
+    stage = Stage(source, clock, expire=3600)
+    try:
+        ino, fh = stage.create(b"f")
+        stage.start()
+
+        def fail(*_: object) -> None:
+            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+
+        stage.store.before["sync"] = fail
+        unique = stage.fsync(ino, fh)
+        assert unique is not None
+        stage.engine.wait_until(1)
+        clock.wait_asked(3)  # the committers have looked again, at a time that has not moved
+        assert stage.store.calls["sync"] == 1
+        del stage.store.before["sync"]
+        clock.now += 1
+        assert stage.reply(unique) == (None, 0)
+        assert stage.store.calls["sync"] == 2
+    finally:
+        stage.end()
+
+
+def sparse_segment(stage: Stage, live: tuple[int, int, int, bytes], dead: tuple[int, int]) -> int:
+    """Write `live` (node, handle, offset, data), then rewrites by another file until the segment is left.
+
+    Answers its number.
+    """
+    ino, fh, offset, data = live
+    stage.fs.write(stage.request(ino), fh, offset, memoryview(data), 0, 0)
+    index = stage.cache.log._side.index
+    while stage.cache.log._side.index == index:
+        stage.fs.write(stage.request(dead[0]), dead[1], 0, memoryview(b"r" * MIB), 0, 0)
+    return index
+
+
+def test_the_cleaner_passes_over_a_segment_with_notes(stage: Stage) -> None:
+    ino, fh = stage.create(b"f")
+    other = stage.create(b"rewritten")
+    stage.fs.setattr(stage.request(ino), Setattr(FATTR_MTIME, fh, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0))
+    noted = sparse_segment(stage, (ino, fh, 0, b"L" * 4096), other)
+    plain = sparse_segment(stage, (ino, fh, 4096, b"L" * 8192), other)
+    segments = stage.cache.log.segments
+    before = segments[noted].live
+    with stage.cache.lock:
+        assert stage.cache.clean()
+    assert segments[plain].live == 0
+    assert (segments[noted].live, segments[noted].notes) == (before, 1)
+    lent = stage.fs.read(stage.request(ino, blocking=False), fh, 0, 12288, 0)
+    assert isinstance(lent, Lent)
+    assert b"".join(bytes(part) for part in lent) == b"L" * 12288
+    lent.release()
+
+
+def test_the_cleaner_passes_over_a_round_in_flight(source: Path) -> None:
+    stage = Stage(source, expire=3600)
+    in_flight, cleaned = threading.Event(), threading.Event()
+
+    def commit(*_: object) -> None:
+        in_flight.set()
+        wait_for(cleaned)
+
+    try:
+        ino, fh = stage.create(b"f")
+        idle, idle_fh = stage.create(b"idle")
+        other = stage.create(b"rewritten")
+        busy = sparse_segment(stage, (ino, fh, 0, b"L" * 4096), other)
+        plain = sparse_segment(stage, (idle, idle_fh, 0, b"I" * 8192), other)
+        stage.store.before["commit"] = commit
+        stage.start()
+        unique = stage.fsync(ino, fh)
+        assert unique is not None
+        wait_for(in_flight)
+        segments = stage.cache.log.segments
+        with stage.cache.lock:
+            assert stage.cache.clean()
+            assert (segments[busy].live, segments[plain].live) == (4096, 0)
+        cleaned.set()
+        assert stage.reply(unique) == (None, 0)
+        assert stage.stored("f") == b"L" * 4096
+        assert stage.cache.drain(lambda _left: None, lambda: False) == []
+        assert stage.stored("idle") == b"I" * 8192
+    finally:
+        cleaned.set()
+        stage.end()
+
+
+def test_a_request_that_would_wait_says_so_on_the_reader(stage: Stage) -> None:
+    """What no cache knows is not asked of the store inline."""
+    ino, fh = stage.create(b"f")
+    stage.fs.release(stage.request(ino), fh, 0)
+    stage.start()
+    stage.engine.cache.drain(lambda _left: None, lambda: False)
+    with pytest.raises(WouldBlock):
+        stage.fs.write(stage.request(ino, blocking=False), fh, 0, memoryview(b"x"), 0, 0)
