@@ -308,3 +308,47 @@ def test_another_user_cannot_reach_the_control_socket(mounter: Mounter, user: li
     assert stopped.returncode != 0
     assert mounted_here(m.path)
     assert os.stat("/run/wbfuse").st_mode & 0o077 == 0
+
+
+@needs_mount
+def test_a_users_read_only_files_beyond_the_descriptor_limit_are_written(workdir: Path, user: list[str]) -> None:
+    """Created 0444 and open for writing: the descriptor that create gave has gone, and the mode denies another."""
+    script = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
+from wbfuse.store.directory import DirectoryStore
+from wbfuse.testing.store import ME, put, read_all
+s = DirectoryStore(sys.argv[1])
+inos = [s.create(1, b"%d" % i, 0o444, ME)[0] for i in range(1000)]
+for i, ino in enumerate(inos):
+    s.hold(ino)
+    put(s, ino, b"%d" % i)
+for i, ino in enumerate(inos):
+    assert read_all(s, ino) == b"%d" % i
+    assert s.getattr(ino).mode & 0o777 == 0o444
+"""
+    source = workdir / "s"
+    source.mkdir()
+    os.chown(source, 65534, 65534)
+    words = [*user[: user.index("-m")], "-c", script, str(source)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_mount
+def test_a_mount_works_where_the_kernels_settings_are_read_only(workdir: Path) -> None:
+    """In containers /sys often is: the mount goes on with the kernel's own share and read-ahead."""
+    for name in ("s", "m"):
+        (workdir / name).mkdir()
+    script = f"""
+mount -o bind /sys /sys && mount -o remount,ro,bind /sys || exit 3
+"{WBFUSE}" mount s m --log-size 64MiB || exit 4
+echo kept > m/a && "{WBFUSE}" status --json m > status && "{WBFUSE}" umount m
+"""
+    done = subprocess.run(
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", script],
+        cwd=workdir, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (workdir / "s/a").read_text() == "kept\n"
+    assert json.loads((workdir / "status").read_text())["bdi"] == {}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import needs_mount
 from wbfuse.store.contract import ROOT_INO
 from wbfuse.store.directory import DirectoryStore
 from wbfuse.store.directory.data import slice_buffers, split_direct
@@ -160,3 +161,15 @@ def test_a_new_file_belongs_to_who_asked(store: DirectoryStore, source: Path) ->
     os.chown(source, 0, 77)
     store.mkdir(ROOT_INO, b"d", 0o755, Owner(1234, 4321))
     assert os.stat(source / "d").st_gid == 77
+
+
+@needs_mount
+def test_a_file_system_mounted_inside_the_source_is_refused(store: DirectoryStore, source: Path) -> None:
+    """Neither orphans nor sync could reach it."""
+    (source / "inside").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "none", str(source / "inside")], check=True)
+    try:
+        assert fails_with(errno.EXDEV, lambda: store.lookup(ROOT_INO, b"inside"))
+    finally:
+        subprocess.run(["umount", str(source / "inside")], check=True)
+    assert store.lookup(ROOT_INO, b"inside")[0] != ROOT_INO

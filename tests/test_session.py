@@ -42,6 +42,25 @@ wbfuse.serve(Failing(), sys.argv[1], wbfuse.Options(debug=lambda line: print(lin
 """
 
 
+READERS = """
+import errno, os, stat, sys, time, wbfuse
+class Readers(wbfuse.FileSystem):
+    def getattr(self, request, fh):
+        if request.nodeid == 1:
+            return wbfuse.Attr(1, stat.S_IFDIR | 0o755, nlink=2)
+        return wbfuse.Attr(request.nodeid, stat.S_IFREG | 0o644, 4096)
+    def lookup(self, request, name):
+        if not name.startswith(b"f"): raise OSError(errno.ENOENT, "")
+        nodeid = 2 + int(name[1:])
+        return wbfuse.Entry(nodeid, wbfuse.Attr(nodeid, stat.S_IFREG | 0o644, 4096))
+    def read(self, request, fh, offset, size, flags):
+        if not request.blocking: raise wbfuse.WouldBlock
+        open(sys.argv[1]).close()  # a FIFO: waits until somebody has it open for writing
+        return bytes(size)
+wbfuse.serve(Readers(), sys.argv[2], wbfuse.Options())
+"""
+
+
 class Served:
     def __init__(self, path: Path, process: subprocess.Popen[bytes], log: Path) -> None:
         self.path, self.process, self.log = path, process, log
@@ -145,6 +164,24 @@ def test_a_parked_request_is_interrupted_by_a_signal(serve, tmp_path: Path) -> N
         assert child.wait(20) == -signal.SIGTERM
     assert "INTERRUPT" in s.text()
     assert "EINTR" in s.text()
+
+
+@needs_mount
+def test_reads_that_wait_leave_names_alone(serve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    script, gate = tmp_path / "readers.py", tmp_path / "gate"
+    script.write_text(READERS)
+    os.mkfifo(gate)
+    served = serve(str(script), str(gate))
+    readers = [subprocess.Popen(["cat", str(served.path / f"f{n}")], stdout=subprocess.PIPE) for n in range(40)]
+    try:
+        for n in range(100):  # all of these need a thread that may block, and a new name each
+            with pytest.raises(FileNotFoundError):
+                os.stat(served.path / f"no{n}")
+        assert all(reader.poll() is None for reader in readers)
+    finally:
+        with open(gate, "w"):  # opens for all that wait; those that come later find it open as well
+            outs = [reader.communicate(timeout=60)[0] for reader in readers]
+    assert outs == [bytes(4096)] * 40
 
 
 def test_what_is_not_overridden_is_not_promised() -> None:
