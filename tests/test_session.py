@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import force_down, mounted_here, needs_mount
+from tests.test_promises import wait_until
 from wbfuse.filesystem.dispatch import pack_dir, pack_dirplus, routes, wishes_of
+from wbfuse.session.session import HELPERS
 from wbfuse.testing import posix
 from wbfuse.wire.constants import Cap, Opcode
 from wbfuse.wire.types import Attr, Dirent, Entry
@@ -50,6 +52,7 @@ class Readers(wbfuse.FileSystem):
             return wbfuse.Attr(1, stat.S_IFDIR | 0o755, nlink=2)
         return wbfuse.Attr(request.nodeid, stat.S_IFREG | 0o644, 4096)
     def lookup(self, request, name):
+        if name.startswith(b"wait"): open(sys.argv[1]).close()
         if not name.startswith(b"f"): raise OSError(errno.ENOENT, "")
         nodeid = 2 + int(name[1:])
         return wbfuse.Entry(nodeid, wbfuse.Attr(nodeid, stat.S_IFREG | 0o644, 4096))
@@ -57,7 +60,7 @@ class Readers(wbfuse.FileSystem):
         if not request.blocking: raise wbfuse.WouldBlock
         open(sys.argv[1]).close()  # a FIFO: waits until somebody has it open for writing
         return bytes(size)
-wbfuse.serve(Readers(), sys.argv[2], wbfuse.Options())
+wbfuse.serve(Readers(), sys.argv[2], wbfuse.Options(debug=lambda line: print(line, file=sys.stderr, flush=True)))
 """
 
 
@@ -182,6 +185,25 @@ def test_reads_that_wait_leave_names_alone(serve, tmp_path: Path) -> None:  # ty
         with open(gate, "w"):  # opens for all that wait; those that come later find it open as well
             outs = [reader.communicate(timeout=60)[0] for reader in readers]
     assert outs == [bytes(4096)] * 40
+
+
+@needs_mount
+def test_a_request_that_waits_for_a_thread_is_interrupted_by_a_signal(serve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    script, gate = tmp_path / "readers.py", tmp_path / "gate"
+    script.write_text(READERS)
+    os.mkfifo(gate)
+    served = serve(str(script), str(gate))
+    busy = [subprocess.Popen(["test", "-e", str(served.path / f"wait{n}")]) for n in range(HELPERS)]
+    try:
+        assert wait_until(lambda: served.text().count("wait") >= HELPERS)
+        late = subprocess.Popen(["test", "-e", str(served.path / "wait-late")])
+        assert wait_until(lambda: "wait-late" in served.text())
+        late.terminate()
+        assert late.wait(20) == -signal.SIGTERM  # though every thread is still busy
+        assert all(child.poll() is None for child in busy)
+    finally:
+        with open(gate, "w"):
+            assert [child.wait(60) for child in busy] == [1] * HELPERS
 
 
 def test_what_is_not_overridden_is_not_promised() -> None:

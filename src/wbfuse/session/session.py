@@ -40,7 +40,7 @@ from wbfuse.wire.negotiate import Agreement, Wishes, negotiate
 
 log = logging.getLogger(__name__)
 
-_HELPERS = 32
+HELPERS = 32
 _LATE = 4096
 """Replies that found no request, kept in case it is sent again. Most are of requests that a signal ended."""
 # Plain numbers: comparing with a member of an IntEnum costs a fifth of a microsecond, for each request.
@@ -93,6 +93,8 @@ class Session:
         self.debug = debug
         self.parked: dict[int, Request] = {}
         """By unique (without its resend bit). dict.pop is the one arbiter of who answers."""
+        self._queued: dict[int, Request] = {}
+        """Those that wait for a thread of a pool. Again dict.pop decides: they begin, or they are interrupted."""
         self._held: dict[int, Request] = {}
         self._late: OrderedDict[int, bytes] = OrderedDict()
         self._resend_lock = threading.Lock()
@@ -105,8 +107,8 @@ class Session:
         self.ended = threading.Event()
         self.notifier = Notifier(fd)
         fs.notify = self.notifier.send
-        self.pool = Pool(_HELPERS, "helper")
-        self._read_pool = Pool(_HELPERS, "read-helper")
+        self.pool = Pool(HELPERS, "helper")
+        self._read_pool = Pool(HELPERS, "read-helper")
         """READs have threads of their own: any number of slow ones leave names quick."""
         self._routes: dict[int, Route] = routes(fs)
         self._ways = {code: _Way(self, r.encode, code == Opcode.READ) for code, r in self._routes.items()}
@@ -217,10 +219,7 @@ class Session:
         if self._permits and self._take_permit():
             self._serve_write(request, fh, offset, tail[:size], write_flags, flags, True)
         else:
-            copy = memoryview(bytes(tail[:size]))
-            self._hand_over(
-                request, partial(self._serve_write, request, fh, offset, copy, write_flags, flags), self.pool
-            )
+            self._copy_write(request, fh, offset, tail[:size], write_flags, flags)
 
     def _copy_write(
         self, request: Request, fh: int, offset: int, data: memoryview, write_flags: int, flags: int
@@ -248,10 +247,7 @@ class Session:
                     self._permits.append(None)
         except WouldBlock:
             request.blocking = True
-            copy = memoryview(bytes(data))
-            self._hand_over(
-                request, partial(self._serve_write, request, fh, offset, copy, write_flags, flags), self.pool
-            )
+            self._copy_write(request, fh, offset, data, write_flags, flags)
         except Exception as e:  # noqa: BLE001 - `_failed` logs what is not an answer; the mount must live on
             self._failed(request, Opcode.WRITE, e)
         else:
@@ -305,13 +301,20 @@ class Session:
         if opcode == Opcode.INIT:
             self._init(request, body)
         elif opcode == Opcode.INTERRUPT:
-            parked = self.parked.get(body.unique & ~UNIQUE_RESEND)
-            if parked is not None and parked.on_interrupt is not None:
-                parked.on_interrupt()
+            self._interrupt(body.unique & ~UNIQUE_RESEND)
         elif opcode == Opcode.DESTROY:
             self._reply(request, (_OUT.pack(16, 0, request.unique),))
         elif opcode != Opcode.NOTIFY_REPLY:
             self.send_error(request, errno.ENOSYS)
+
+    def _interrupt(self, key: int) -> None:
+        """Whoever sent this request got a signal. One that nobody has begun ends; a parked one may choose to."""
+        parked = self.parked.get(key)
+        if parked is not None and parked.on_interrupt is not None:
+            parked.on_interrupt()
+        waiting = self._queued.pop(key, None)
+        if waiting is not None:
+            self.send_error(waiting, errno.EINTR)
 
     def _init(self, request: Request, offer: wire.Init) -> None:
         fs = self.fs
@@ -377,8 +380,14 @@ class Session:
             self._hand_over(request, job, pool)
 
     def _hand_over(self, request: Request, job: Callable[[], None], pool: Pool) -> None:
-        self.hold(request.unique & ~UNIQUE_RESEND, request)
-        pool.submit(job)
+        key = request.unique & ~UNIQUE_RESEND
+        self.hold(key, request)
+        self._queued[key] = request
+        pool.submit(partial(self._begin, key, job))
+
+    def _begin(self, key: int, job: Callable[[], None]) -> None:
+        if self._queued.pop(key, None) is not None:  # else it was interrupted while it waited for a thread
+            job()
 
     # requests that outlive the reader's turn, and NOTIFY_RESEND
 
