@@ -144,3 +144,5 @@ def test_pieces_join_neighbours_and_respect_the_piece_size() -> None:
     g = cache.generations[0]
     pieces = plan(g.extents, 40, lambda place, n: memoryview(log)[place : place + n])
     assert [(p.offset, p.length) for p in pieces] == [(0, 40), (40, 40), (80, 20)]
+    pieces = plan(g.extents, 40, lambda place, n: memoryview(log)[place : place + n], first=15)
+    assert [(p.offset, p.length) for p in pieces] == [(0, 15), (15, 30), (45, 40), (85, 15)]

@@ -87,6 +87,25 @@ def test_bandwidth_forgets_idle_time() -> None:
     assert b.value == pytest.approx(10 * MIB, rel=0.15)
 
 
+def test_a_first_measurement_waits_until_work_under_way_hardly_counts() -> None:
+    b = Bandwidth()
+    b.start(0.0)
+    b.progress(0.1, MIB // 10)  # of three flows only one has told yet
+    assert not b.measured
+    b.progress(0.2, 4 * MIB)
+    assert b.measured
+    assert b.value == pytest.approx(20 * MIB, rel=0.05)
+
+
+def test_an_early_error_is_forgotten_with_the_first_second() -> None:
+    b = Bandwidth()
+    b.start(0.0)
+    b.progress(0.3, 2 * MIB)  # 7 MiB/s
+    for i in range(1, 11):
+        b.progress(0.3 + i * 0.2, 4 * MIB)
+    assert b.value == pytest.approx(20 * MIB, rel=0.15)
+
+
 def test_limits_refuse_nonsense() -> None:
     with pytest.raises(ValueError, match="background"):
         Limits(10, 10)

@@ -16,6 +16,9 @@ from typing import Any, cast
 from wbfuse.store.contract import Buffer, Capabilities, Progress, Round, Store
 from wbfuse.wire.types import Attr, Dirent
 
+_SLICE_SECONDS = 0.005
+_LATE = 0.002
+
 
 @dataclass(slots=True, frozen=True)
 class Shape:
@@ -31,20 +34,43 @@ class Shape:
 
 
 class Bucket:
-    """A link of `rate` bytes a second that several threads share. Lock: guards `_free_at`, nothing is held with it."""
+    """A link of `rate` bytes a second that several threads share: what is large goes in slices, so it is shared fairly.
+
+    Lock: guards `_free_at`, nothing is held with it.
+    """
 
     def __init__(self, rate: float) -> None:
         self._rate = rate
+        self.slice = max(4096, int(rate * _SLICE_SECONDS))
+        """Bytes that go at a time."""
         self._lock = threading.Lock()
         self._free_at = 0.0
 
     def wait(self, size: int) -> None:
         """Return when the link has carried `size` bytes for this caller."""
-        with self._lock:
-            now = time.monotonic()
-            self._free_at = max(now, self._free_at) + size / self._rate
-            until = self._free_at
-        time.sleep(until - now)
+        while size > 0:
+            with self._lock:
+                # A sleep ends late; what the link could have carried since is not lost.
+                self._free_at = max(time.monotonic() - _LATE, self._free_at) + min(size, self.slice) / self._rate
+                until = self._free_at
+            size -= self.slice
+            time.sleep(max(0.0, until - time.monotonic()))
+
+
+class Flow:
+    """What one round puts on a link. Small pieces go together: one turn at the link for each would be unfair to it."""
+
+    def __init__(self, link: Bucket) -> None:
+        self._link = link
+        self._owed = 0
+
+    def put(self, size: int) -> None:
+        whole, self._owed = divmod(self._owed + size, self._link.slice)
+        self._link.wait(whole * self._link.slice)
+
+    def settle(self) -> None:
+        self._link.wait(self._owed)
+        self._owed = 0
 
 
 _QUICK = frozenset({"hold", "drop", "forget", "close"})
@@ -89,8 +115,6 @@ class ShapedStore:
         with self._lock:
             self.bytes_written += size
             self.writes += 1
-        if self._out is not None:
-            self._out.wait(size)
 
     def getattr(self, ino: int, nowait: bool = False) -> Attr:
         if nowait and self._shape.slow:
@@ -111,15 +135,24 @@ class ShapedStore:
             self._carry(len(data))
         self._store.write(ino, offset, data)
         self._written(len(data))
+        if self._out is not None:
+            self._out.wait(len(data))
 
     def commit(self, round_: Round, progress: Progress) -> None:
-        def carried(size: int) -> None:
-            self._carry(size)
+        flows = [Flow(link) for link in (self._both, self._out) if link is not None]
+
+        def taken(size: int) -> None:
+            if self._shape.delay:
+                time.sleep(self._shape.delay)
             if size:
                 self._written(size)
+            for flow in flows:
+                flow.put(size)
             progress(size)
 
-        self._store.commit(round_, carried)
+        self._store.commit(round_, taken)
+        for flow in flows:
+            flow.settle()
 
     def readdir(self, ino: int, offset: int) -> Iterator[Dirent]:
         if self._shape.delay:

@@ -29,7 +29,7 @@ TRANSIENT = frozenset({
 """Errors that no application hears of: waited out."""
 _FIRST_RETRY, _LAST_RETRY = 0.1, 30.0
 _PIECE_SECONDS = 0.1
-_PIECE_LEAST = 256 << 10
+_PIECE_LEAST, _PIECE_FIRST = 256 << 10, 1 << 20
 _CLEAN_EVERY = 0.1
 _HEAVY, _HEAVY_ROUNDS = 1 << 20, 2
 _CALM_ROUNDS = 1
@@ -171,11 +171,11 @@ class Engine:
         with cache.lock:
             bandwidth.start(cache.clock())
             seen = f.attr_version
-            piece = cache.store.capabilities.preferred_piece
+            piece, first = cache.store.capabilities.preferred_piece, _PIECE_FIRST
             if bandwidth.measured:
-                piece = max(_PIECE_LEAST, min(piece, int(bandwidth.value * _PIECE_SECONDS) & -4096))
+                piece = first = max(_PIECE_LEAST, min(piece, int(bandwidth.value * _PIECE_SECONDS) & -4096))
         # The generation is sealed and in flight, so nobody else touches its map.
-        pieces = plan(g.extents, piece, cache.log.view)
+        pieces = plan(g.extents, piece, cache.log.view, first)
         try:
             cache.store.commit(Round(f.ino, g.lowest, pieces, g.size, g.atime_ns, g.mtime_ns), self._progress)
             attr = cache.store.getattr(f.ino)

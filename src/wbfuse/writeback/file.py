@@ -221,10 +221,16 @@ def _look(g: Generation, gaps: list[tuple[int, int]], out: list[tuple[int, int, 
     return older
 
 
-def plan(extents: ExtentMap, piece: int, view: Callable[[int, int], memoryview]) -> list[Piece]:
-    """The extents of a generation as pieces of about `piece` bytes: neighbours leave together."""
+def plan(
+    extents: ExtentMap, piece: int, view: Callable[[int, int], memoryview], first: int | None = None
+) -> list[Piece]:
+    """The extents of a generation as pieces of about `piece` bytes: neighbours leave together.
+
+    With `first` they begin at that size and double, as long as nobody knows how long a piece will take.
+    """
     pieces: list[Piece] = []
     last: Piece | None = None
+    following, size = first or piece, piece
     for start, end, place in extents:
         if place == HOLE:
             pieces.append(Piece(start, end - start, None))
@@ -232,10 +238,11 @@ def plan(extents: ExtentMap, piece: int, view: Callable[[int, int], memoryview])
             continue
         at = start
         while at < end:
-            if last is None or last.offset + last.length != at or last.length >= piece or last.buffers is None:
+            if last is None or last.offset + last.length != at or last.length >= size or last.buffers is None:
                 last = Piece(at, 0, [])
                 pieces.append(last)
-            n = min(end - at, piece - last.length)
+                size, following = following, min(piece, 2 * following)
+            n = min(end - at, size - last.length)
             last.buffers.append(view(place + at - start, n))  # type: ignore[union-attr]
             last.length += n
             at += n

@@ -15,6 +15,7 @@ _PERIOD = 0.2
 _AVERAGE = 3.0
 _IDLE = 1.0
 _FIRST = 20e6
+_ENOUGH = 2 << 20
 _FLOOR = 64 << 10
 MAX_PAUSE = 0.2
 """Seconds that one reply is held at most while the store advances."""
@@ -22,10 +23,15 @@ MAX_PAUSE = 0.2
 
 @dataclass(slots=True)
 class Bandwidth:
-    """The store's write bandwidth in bytes a second, averaged over about 3 s of work; idle time does not count."""
+    """The store's write bandwidth in bytes a second, averaged over about 3 s of work; idle time does not count.
+
+    Work under way is not seen before it is done, so a first measurement waits for enough of it.
+    """
 
     value: float = _FIRST
     measured: bool = False
+    _worked: float = 0.0
+    """Seconds of work that `value` stands for, up to _AVERAGE."""
     _bytes: int = 0
     _since: float = 0.0
     _last: float = 0.0
@@ -43,9 +49,11 @@ class Bandwidth:
         span = now - self._since
         if span < (_PERIOD if self.measured else _PERIOD / 4):
             return
+        if not self.measured and self._bytes < _ENOUGH and span < _IDLE:
+            return
         rate = self._bytes / span
-        weight = min(1.0, span / _AVERAGE) if self.measured else 1.0
-        self.value += (max(rate, _FLOOR) - self.value) * weight
+        self._worked = min(_AVERAGE, self._worked + span)
+        self.value += (max(rate, _FLOOR) - self.value) * min(1.0, span / self._worked)
         self.measured = True
         self._bytes, self._since = 0, now
 
