@@ -121,24 +121,27 @@ def bench_processor(root: Path, rounds: int) -> None:
 
 def bench_getattr(root: Path, rounds: int) -> None:
     with Field(root / "getattr") as field:
-        peer = field.wbfuse("wbfuse", "--log-size", "512MiB", "--on-close", "background")
-        found = [work.getattr_under_load(peer, 2.0) for _ in range(rounds)]
-        idle, busy, answer_idle, answer_busy = (statistics.median(values) for values in zip(*found, strict=True))
-        how = f"{answer_idle:.0f} us, {answer_busy:.0f} us"
-        row(
-            "p99 of the reader's answer under saturated write-back, against idle",
-            answer_busy / answer_idle,
-            "<=",
-            2,
-            how,
+        found = _waits(field.wbfuse("wbfuse", "--log-size", "512MiB", "--on-close", "background"), rounds)
+        idle, busy = found["answer"]
+        what = "p99 of the reader's answer under saturated write-back, against idle"
+        row(what, busy / idle, "<=", 2, f"{idle:.0f} us, {busy:.0f} us")
+        idle, busy = found["bystander"]
+        print(f"     a process that only computes, beside it: {busy / idle:.2f}  [{idle:.0f} us, {busy:.0f} us]")
+        callers = {"wbfuse": found["caller"], "C": _waits(field.c("C", "writeback"), rounds)["caller"]}
+        for name, (idle, busy) in callers.items():
+            print(f"     a caller of {name}, behind the WRITEs in the kernel's queue: {idle:.0f} us, {busy:.0f} us")
+
+
+def _waits(peer: Peer, rounds: int) -> dict[str, tuple[float, float]]:
+    """name -> (idle, saturated), medians of p99 in microseconds."""
+    found = [work.getattr_under_load(peer, 2.0) for _ in range(rounds)]
+    return {
+        name: (
+            statistics.median(getattr(idle, name) for idle, _ in found),
+            statistics.median(getattr(busy, name) for _, busy in found),
         )
-        print(
-            f"     its caller, who also waits for WRITEs queued before it: idle {idle:.0f} us, saturated {busy:.0f} us"
-        )
-        other = field.c("C", "writeback")
-        found = [work.getattr_under_load(other, 2.0) for _ in range(rounds)]
-        idle, busy, _, _ = (statistics.median(values) for values in zip(*found, strict=True))
-        print(f"     a caller of C, for comparison: idle {idle:.0f} us, saturated {busy:.0f} us")
+        for name in ("caller", "answer", "bystander")
+    }
 
 
 def bench_slow_store(root: Path, rounds: int) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.peers import Peer, quiet
@@ -145,27 +146,48 @@ def _saturate(path: str) -> None:
 
 
 def _answer_p99(peer: Peer) -> float:
-    """p99 in microseconds of the reader thread's answers, from receiving a request to its reply; 0 for other peers."""
+    """p99 in microseconds of the reader thread's last thousand answers; 0 for other peers."""
     done = subprocess.run(
         [sys.executable, "-m", "wbfuse", "status", "--json", str(peer.path)], capture_output=True, check=False
     )
     return float(json.loads(done.stdout)["answers"]["p99_us"]) if done.returncode == 0 else 0.0
 
 
-def getattr_under_load(peer: Peer, seconds: float) -> tuple[float, float, float, float]:
-    """p99 of a forced GETATTR in microseconds, idle and while a fast writer saturates write-back.
+def _bystander_p99(seconds: float) -> float:
+    """p99 in microseconds of a few microseconds of work in a process that has nothing to do with the mount."""
+    times, end = [], time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.001)
+        start = time.perf_counter_ns()
+        sum(range(300))
+        times.append(time.perf_counter_ns() - start)
+    return percentile(times, 0.99) / 1e3
 
-    (caller idle, caller saturated, reader's answer idle, reader's answer saturated): the caller also waits for the
-    WRITEs that stand before its request in the kernel's queue.
-    """
-    idle = percentile(getattr_latency(peer, seconds), 0.99)
-    answer_idle = _answer_p99(peer)
+
+@dataclass
+class Waits:
+    """p99 in microseconds."""
+
+    caller: float
+    """A forced GETATTR as its caller sees it, behind the WRITEs that stand before it in the kernel's queue."""
+    answer: float
+    """The reader thread's own answer to it."""
+    bystander: float
+
+
+def getattr_under_load(peer: Peer, seconds: float) -> tuple[Waits, Waits]:
+    """How long a GETATTR takes, idle and while a fast writer saturates write-back."""
+    idle = _waits(peer, seconds)
     writer = mp.Process(target=_saturate, args=(str(peer.path / "flood"),), daemon=True)
     writer.start()
     time.sleep(1.0)  # until the log is in steady state
-    busy = percentile(getattr_latency(peer, seconds), 0.99)
-    answer_busy = _answer_p99(peer)
+    busy = _waits(peer, seconds)
     writer.terminate()
     writer.join()
     (peer.path / "flood").unlink()
-    return idle * 1e6, busy * 1e6, answer_idle, answer_busy
+    return idle, busy
+
+
+def _waits(peer: Peer, seconds: float) -> Waits:
+    caller = percentile(getattr_latency(peer, seconds), 0.99) * 1e6
+    return Waits(caller, _answer_p99(peer), _bystander_p99(seconds))

@@ -49,7 +49,7 @@ class StoreFileSystem(FileSystem):
 
     capabilities = FileSystem.capabilities | Cap.HANDLE_KILLPRIV_V2 | Cap.DIRECT_IO_ALLOW_MMAP | Cap.CACHE_SYMLINKS
     inline = frozenset({"forget", "batch_forget", "read", "releasedir", "flush", "opendir"})
-    readers = 2
+    readers = 3
 
     def __init__(
         self, store: Store, direct_io: bool = False, wait_on_close: bool = True, journal: Journal | None = None

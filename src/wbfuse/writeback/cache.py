@@ -16,7 +16,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from wbfuse.store.contract import Store
 from wbfuse.wire.types import Attr
@@ -78,10 +78,13 @@ class File:
 
     def shown(self) -> Attr:
         """The attributes as stat must show them."""
-        core = self.core
-        blocks = self.attr.blocks + (core.dirty_bytes >> 9)
-        atime = self.attr.atime_ns if core.atime_ns is None else core.atime_ns
-        return replace(self.attr, size=core.size, mtime_ns=core.mtime_ns, atime_ns=atime, blocks=blocks)
+        a, core = self.attr, self.core
+        blocks = a.blocks + (core.dirty_bytes >> 9)
+        atime = a.atime_ns if core.atime_ns is None else core.atime_ns
+        # Not dataclasses.replace, which takes three times as long: this is for each GETATTR.
+        return Attr(
+            a.ino, a.mode, core.size, blocks, atime, core.mtime_ns, a.ctime_ns, a.nlink, a.uid, a.gid, a.rdev, a.blksize
+        )
 
     def set_attr(self, attr: Attr) -> None:
         """The store says so. Held: the cache's lock."""

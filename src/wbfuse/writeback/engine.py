@@ -171,9 +171,10 @@ class Engine:
         with cache.lock:
             bandwidth.start(cache.clock())
             seen = f.attr_version
-            piece, first = cache.store.capabilities.preferred_piece, _PIECE_FIRST
+            piece = cache.store.capabilities.preferred_piece
             if bandwidth.measured:
-                piece = first = max(_PIECE_LEAST, min(piece, int(bandwidth.value * _PIECE_SECONDS) & -4096))
+                piece = max(_PIECE_LEAST, min(piece, int(bandwidth.value * _PIECE_SECONDS) & -4096))
+            first = _PIECE_FIRST if bandwidth.unknown else piece
         # The generation is sealed and in flight, so nobody else touches its map.
         pieces = plan(g.extents, piece, cache.log.view, first)
         try:

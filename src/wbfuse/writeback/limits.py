@@ -36,6 +36,11 @@ class Bandwidth:
     _since: float = 0.0
     _last: float = 0.0
 
+    @property
+    def unknown(self) -> bool:
+        """Too little was seen to say anything of the store."""
+        return not self.measured and self._bytes < _ENOUGH
+
     def start(self, now: float) -> None:
         """The store gets work."""
         if now - self._last > _IDLE:
@@ -49,7 +54,7 @@ class Bandwidth:
         span = now - self._since
         if span < (_PERIOD if self.measured else _PERIOD / 4):
             return
-        if not self.measured and self._bytes < _ENOUGH and span < _IDLE:
+        if self.unknown and span < _IDLE:
             return
         rate = self._bytes / span
         self._worked = min(_AVERAGE, self._worked + span)
