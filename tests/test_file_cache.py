@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -146,3 +146,65 @@ def test_pieces_join_neighbours_and_respect_the_piece_size() -> None:
     assert [(p.offset, p.length) for p in pieces] == [(0, 40), (40, 40), (80, 20)]
     pieces = plan(g.extents, 40, lambda place, n: memoryview(log)[place : place + n], first=15)
     assert [(p.offset, p.length) for p in pieces] == [(0, 15), (15, 30), (45, 40), (85, 15)]
+
+
+CHANGES = st.lists(
+    st.one_of(
+        st.tuples(st.just("write"), st.integers(0, 20), st.integers(1, 6)),
+        st.tuples(st.just("truncate"), st.integers(0, 24), st.just(0)),
+        st.tuples(st.just("zero"), st.integers(0, 20), st.integers(1, 6)),
+    ),
+    max_size=30,
+)
+
+
+@given(start=st.integers(0, 20), changes=CHANGES)
+def test_records_that_are_superseded_are_not_missed(start: int, changes: list[tuple[str, int, int]]) -> None:
+    """Replaying the records that still count gives the file that all of them gave."""
+    cache = FileCache(1, start, 0, 1 << 20)
+    records: dict[int, tuple[str, int, int]] = {}
+    whole = bytearray(b"." * start)
+    for n, change in enumerate(changes, 1):
+        kind, at, length = change
+        if kind == "write":
+            cache.write(at, at + length, n * 100, 0.0, n)
+        elif kind == "truncate":
+            for token in cache.superseded_by_truncate(at):
+                del records[token]
+            cache.truncate(at, 0.0, n, n)
+        else:
+            cache.zero(at, at + length, False, 0.0, n, n)
+        records[n] = change
+        replay(whole, n, change)
+    after = bytearray(b"." * start)
+    for n, change in records.items():
+        replay(after, n, change)
+    assert after == whole
+    assert cache.size == len(whole)
+    cuts = [at for kind, at, _ in records.values() if kind == "truncate"]
+    assert len(cuts) <= 2 + sum(kind == "write" for kind, _, _ in changes)  # never one for each call
+
+
+def replay(file: bytearray, n: int, change: tuple[str, int, int]) -> None:
+    kind, at, length = change
+    if kind == "truncate":
+        del file[at:]
+        file.extend(bytes(at - len(file)))
+    elif kind == "write":
+        file.extend(bytes(max(0, at + length - len(file))))
+        file[at : at + length] = bytes([n + 64]) * length
+    else:
+        end = min(at + length, len(file))
+        file[at:end] = bytes(max(0, end - at))
+
+
+def test_times_are_one_record_and_keep_both() -> None:
+    cache = FileCache(1, 0, 0, 1 << 20)
+    cache.set_times(5, None, 0.0, 1, 11)
+    assert cache.noted_times() == (5, None)
+    assert cache.superseded_by_times() == [11]
+    cache.set_times(5, 7, 0.0, 2, 12)
+    assert cache.generations[0].tokens == [12]
+    cache.seal()
+    assert cache.noted_times() == (None, None)
+    assert cache.superseded_by_times() == []

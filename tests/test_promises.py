@@ -545,3 +545,40 @@ def test_attributes_set_during_a_commit_stay(faulty: tuple[Mounter, Callable[[di
     m.umount()
     found = (m.source / "a").stat()
     assert (found.st_atime_ns, found.st_mtime_ns, found.st_mode & 0o777) == (1_000_000_000, 2_000_000_000, 0o600)
+
+
+CHANGES_WITHOUT_PAYLOAD = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+fd = os.open(sys.argv[1], os.O_RDWR)
+for i in range(20_000):
+    os.ftruncate(fd, 1 << 20 | i)
+    os.utime(fd, ns=(i, i))
+for i in range(20_000):  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+    if libc.fallocate(fd, 3, ctypes.c_long(i % 256 * 4096), ctypes.c_long(4096)):
+        sys.exit(os.strerror(ctypes.get_errno()))
+print("done", flush=True)
+"""
+
+
+def test_changes_without_payload_fill_the_log_and_leave_names_quick(
+    faulty: tuple[Mounter, Callable[[dict[str, object]], None]],
+) -> None:
+    mount, script = faulty
+    m = mount("--log-size", "16MiB", "--on-close", "background")
+    (m.path / "f").write_bytes(b"x")
+    script({"commit": "EIO"})
+    with subprocess.Popen(
+        [sys.executable, "-c", CHANGES_WITHOUT_PAYLOAD, str(m.path / "f")], stdout=subprocess.PIPE
+    ) as child:
+        try:
+            assert child.stdout is not None
+            assert wait_until(lambda: m.status()["log"]["used"] > 6 * MIB)
+            for n in range(200):
+                assert not (m.path / f"no{n}").exists()
+            assert child.poll() is None
+        finally:
+            script({})
+        assert child.stdout.readline() == b"done\n"
+    m.umount()
+    assert (m.source / "f").stat().st_size == 1 << 20 | 19_999

@@ -167,11 +167,12 @@ class Journal:
 
     def _append(self, record: bytes) -> int:
         if self._at + len(record) > WINDOW:
-            self._grow(self._base + WINDOW)
+            base = self._base + WINDOW
+            self._grow(base)
+            window = self._map(base)  # until here it may fail, and nothing has changed
             rest = min(_HEADER.size, WINDOW - self._at)
             self._window[self._at : self._at + rest] = bytes(rest)  # no half record of a dead writer behind the last
-            self._base, self._at = self._base + WINDOW, 0
-            self._window = self._map(self._base)
+            self._base, self._at, self._window = base, 0, window
         position = self._base + self._at
         self._window[self._at : self._at + len(record)] = record
         self._at += len(record)
@@ -180,20 +181,27 @@ class Journal:
     def _carry(self, budget: int) -> None:
         """Look at `budget` bytes of records at the head, where the journal is too long for its table."""
         while budget > 0 and self.used > 2 * self._live + SLACK:
-            at = self._head % WINDOW
-            window = self._head_window
-            whole = at + _HEADER.size <= WINDOW
-            _, length, _, tag = _HEADER.unpack_from(window, at) if whole else (0, 0, 0, 0)
-            size = _HEADER.size + length
-            if tag == 0:
-                size = WINDOW - at  # the rest of a window that was left for the next
-            elif self._latest.get(tag) == self._head << 16 | size:
-                self._latest[tag] = self._append(window[at : at + size]) << 16 | size
-            self._head += size
-            budget -= size
-            if self._head % WINDOW == 0:
-                window.madvise(mmap.MADV_REMOVE)
-                self._head_window = self._map(self._head)
+            try:
+                budget -= self._pass()
+            except OSError:
+                return  # no memory or descriptor to carry with: nothing is lost, and the next append tries again
+
+    def _pass(self) -> int:
+        """Carry the record at the head if it counts, and go on to the next. Answers its size."""
+        at = self._head % WINDOW
+        whole = at + _HEADER.size <= WINDOW
+        _, length, _, tag = _HEADER.unpack_from(self._head_window, at) if whole else (0, 0, 0, 0)
+        size: int = _HEADER.size + length
+        if tag == 0:
+            size = WINDOW - at  # the rest of a window that was left for the next
+        elif self._latest.get(tag) == self._head << 16 | size:
+            self._latest[tag] = self._append(self._head_window[at : at + size]) << 16 | size
+        if at + size == WINDOW:
+            following = self._map(self._head + size)
+            self._head_window.madvise(mmap.MADV_REMOVE)
+            self._head_window = following
+        self._head += size
+        return size
 
 
 class Counter:

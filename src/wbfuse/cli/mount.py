@@ -170,8 +170,8 @@ def _serve_detached(spec: Spec, pipe: int) -> None:
             os.close(pipe)
 
         code = run(spec, report)
-        if os.fstat(log).st_size == 0:
-            os.unlink(log_path(spec.mountpoint))
+        if code == 0:
+            os.unlink(log_path(spec.mountpoint))  # it ended well: nobody will ask
     except BaseException:
         logging.exception("the server failed")
     finally:

@@ -16,6 +16,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from wbfuse.session.mount import MountError
+
 log = logging.getLogger(__name__)
 
 Message = dict[str, Any]
@@ -96,6 +98,9 @@ class ControlServer:
             return
         try:
             yield from command(request)
-        except Exception as e:  # the client must get an answer, and the server must live on
+        except (OSError, MountError) as e:
+            log.warning("%s: %s", request["command"], e)
+            yield {"error": str(e)}
+        except Exception as e:  # a defect: the client must get an answer all the same, and the server must live on
             log.exception("control command %r failed", request)
             yield {"error": str(e)}

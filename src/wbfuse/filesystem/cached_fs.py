@@ -15,6 +15,7 @@ import stat
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from wbfuse.filesystem.api import PARKED, Buffer, Lent, Parked, Request, WouldBlock
 from wbfuse.filesystem.handles import Handle
@@ -45,6 +46,7 @@ from wbfuse.writeback.cache import FULL, File, WritebackCache
 from wbfuse.writeback.engine import Engine
 from wbfuse.writeback.extents import HOLE
 from wbfuse.writeback.file import STORE
+from wbfuse.writeback.log import LogFull
 
 _SLOW_CHANGES = FATTR_MODE | FATTR_UID | FATTR_GID | FATTR_KILL_SUIDGID
 
@@ -149,16 +151,24 @@ class CachedFileSystem(StoreFileSystem):
         if valid & FATTR_SIZE:
             if change.size > MAX_OFFSET:
                 raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-            self.cache.truncate(f, request.unique, change.size, time.time_ns())
+            self._noted(self.cache.truncate, request, f, change.size, time.time_ns())
         wanted = self._change(change, time.time_ns())
         if valid & (FATTR_ATIME | FATTR_MTIME):
-            self.cache.set_times(f, request.unique, wanted.atime_ns, wanted.mtime_ns)
+            self._noted(self.cache.set_times, request, f, wanted.atime_ns, wanted.mtime_ns)
             wanted.atime_ns = wanted.mtime_ns = None
         if valid & FATTR_KILL_SUIDGID and wanted.mode is None:
             self._kill_suid(ino)
         if valid & (FATTR_MODE | FATTR_UID | FATTR_GID):
             self.changed(ino, self.store.setattr(ino, wanted))
         return f.shown()
+
+    @staticmethod
+    def _noted(change: Callable[..., None], request: Request, f: File, *arguments: Any) -> None:
+        """A change without payload. Where the log has no room for its record, the reader must not be who waits."""
+        try:
+            change(f, request.unique, *arguments, wait=request.blocking)
+        except LogFull:
+            raise WouldBlock from None
 
     def getxattr(self, request: Request, name: bytes) -> bytes:
         """The kernel asks for security.capability at the first write to each file; a new one cannot have it."""
@@ -367,9 +377,9 @@ class CachedFileSystem(StoreFileSystem):
             # Room is the store's to promise; it changes neither bytes nor size, so no order is at stake.
             self.store.fallocate(f.ino, FALLOC_KEEP_SIZE, offset, length)
             if not keep and end > f.core.size:
-                self.cache.truncate(f, request.unique, end, time.time_ns())
+                self._noted(self.cache.truncate, request, f, end, time.time_ns())
             return None
-        self.cache.zero(f, request.unique, offset, end, not keep and kind == FALLOC_ZERO_RANGE, time.time_ns())
+        self._noted(self.cache.zero, request, f, offset, end, not keep and kind == FALLOC_ZERO_RANGE, time.time_ns())
         return None
 
     def pull(self, ino: int) -> None:

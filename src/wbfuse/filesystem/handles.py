@@ -53,10 +53,8 @@ class OpenTable:
 
     def close(self, fh: int) -> Handle | None:
         """Take it out; None where it is not there."""
-        handle = self._handles.pop(fh, None)
-        if handle is not None:
-            self._journal.remove(Kind.OPEN, fh)
-        return handle
+        self._journal.remove(Kind.OPEN, fh)
+        return self._handles.pop(fh, None)
 
     def all(self) -> Iterable[tuple[int, Handle]]:
         return list(self._handles.items())

@@ -210,9 +210,16 @@ class StoreFileSystem(FileSystem):
         ino = request.nodeid
         if open_flags & OPEN_KILL_SUIDGID:
             self._kill_suid(ino)
+        return Opened(self._open(ino, flags), self._open_flags)
+
+    def _open(self, ino: int, flags: int) -> int:
+        """A handle that holds the file."""
         self.store.hold(ino)
-        fh, _ = self.handles.open(ino, writable(flags))
-        return Opened(fh, self._open_flags)
+        try:
+            return self.handles.open(ino, writable(flags))[0]
+        except OSError:
+            self.store.drop(ino)
+            raise
 
     def create(self, request: Request, name: bytes, flags: int, mode: int, umask: int) -> tuple[Entry, Opened]:
         try:
@@ -224,9 +231,7 @@ class StoreFileSystem(FileSystem):
         return self._created(found, flags)
 
     def _created(self, found: Found, flags: int) -> tuple[Entry, Opened]:
-        self.store.hold(found[0])
-        fh, _ = self.handles.open(found[0], writable(flags))
-        return self._entry(found), Opened(fh, self._open_flags)
+        return self._entry(found), Opened(self._open(found[0], flags), self._open_flags)
 
     def tmpfile(self, request: Request, flags: int, mode: int, umask: int) -> tuple[Entry, Opened]:
         return self._created(self.store.tmpfile(request.nodeid, mode, self._owner(request)), flags)

@@ -41,7 +41,7 @@ from wbfuse.wire.negotiate import Agreement, Wishes, negotiate
 log = logging.getLogger(__name__)
 
 HELPERS = 32
-_LATE = 4096
+_LATE, _LATE_LONGEST = 4096, 1024
 """Replies that found no request, kept in case it is sent again. Most are of requests that a signal ended."""
 # Plain numbers: comparing with a member of an IntEnum costs a fifth of a microsecond, for each request.
 _READ, _WRITE = int(Opcode.READ), int(Opcode.WRITE)
@@ -93,8 +93,6 @@ class Session:
         self.debug = debug
         self.parked: dict[int, Request] = {}
         """By unique (without its resend bit). dict.pop is the one arbiter of who answers."""
-        self._queued: dict[int, Request] = {}
-        """Those that wait for a thread of a pool. Again dict.pop decides: they begin, or they are interrupted."""
         self._held: dict[int, Request] = {}
         self._late: OrderedDict[int, bytes] = OrderedDict()
         self._resend_lock = threading.Lock()
@@ -299,20 +297,13 @@ class Session:
         if opcode == Opcode.INIT:
             self._init(request, body)
         elif opcode == Opcode.INTERRUPT:
-            self._interrupt(body.unique & ~UNIQUE_RESEND)
+            parked = self.parked.get(body.unique & ~UNIQUE_RESEND)
+            if parked is not None and parked.on_interrupt is not None:
+                parked.on_interrupt()
         elif opcode == Opcode.DESTROY:
             self._reply(request, (_OUT.pack(16, 0, request.unique),))
         elif opcode != Opcode.NOTIFY_REPLY:
             self.send_error(request, errno.ENOSYS)
-
-    def _interrupt(self, key: int) -> None:
-        """Whoever sent this request got a signal. One that nobody has begun ends; a parked one may choose to."""
-        parked = self.parked.get(key)
-        if parked is not None and parked.on_interrupt is not None:
-            parked.on_interrupt()
-        waiting = self._queued.pop(key, None)
-        if waiting is not None:
-            self.send_error(waiting, errno.EINTR)
 
     def _init(self, request: Request, offer: wire.Init) -> None:
         fs = self.fs
@@ -343,7 +334,9 @@ class Session:
             value = route.call(request, body)
             if received:  # what follows the reply's system call is no part of the answer: its caller runs already
                 self._answers.append(time.perf_counter_ns() - received)
-            if value is not PARKED and not route.silent:
+            if route.silent:
+                self._held.pop(request.unique & ~UNIQUE_RESEND, None)
+            elif value is not PARKED:
                 self.send_value(request, route.encode, value)
         except WouldBlock:
             request.blocking = True
@@ -360,7 +353,9 @@ class Session:
             header = wire.Header(0, opcode, request.unique, request.nodeid, request.uid, request.gid, request.pid, 0)
             log.error("a handler failed: %s", text.request_line(header, body), exc_info=e)
         self.parked.pop(request.unique & ~UNIQUE_RESEND, None)
-        if not silent:
+        if silent:
+            self._held.pop(request.unique & ~UNIQUE_RESEND, None)
+        else:
             self.send_error(request, number)
 
     # threads
@@ -380,14 +375,8 @@ class Session:
             self._hand_over(request, job, pool)
 
     def _hand_over(self, request: Request, job: Callable[[], None], pool: Pool) -> None:
-        key = request.unique & ~UNIQUE_RESEND
-        self.hold(key, request)
-        self._queued[key] = request
-        pool.submit(partial(self._begin, key, job))
-
-    def _begin(self, key: int, job: Callable[[], None]) -> None:
-        if self._queued.pop(key, None) is not None:  # else it was interrupted while it waited for a thread
-            job()
+        self.hold(request.unique & ~UNIQUE_RESEND, request)
+        pool.submit(job)
 
     # requests that outlive the reader's turn, and NOTIFY_RESEND
 
@@ -431,7 +420,12 @@ class Session:
                 return
 
     def _too_early(self, key: int, parts: tuple[Any, ...]) -> None:
-        """The kernel does not know this request: a signal ended it, or it is on its way to us again."""
+        """The kernel does not know this request: a signal ended it, or it is on its way to us again.
+
+        A long reply is of a READ or a listing, which may as well be served again.
+        """
+        if sum(map(len, parts)) > _LATE_LONGEST:
+            return
         self._late[key] = b"".join(parts)
         while len(self._late) > _LATE:
             self._late.popitem(last=False)

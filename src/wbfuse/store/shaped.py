@@ -150,9 +150,11 @@ class ShapedStore:
                 flow.put(size)
             progress(size)
 
-        self._store.commit(round_, taken)
-        for flow in flows:
-            flow.settle()
+        try:
+            self._store.commit(round_, taken)
+        finally:
+            for flow in flows:
+                flow.settle()
 
     def readdir(self, ino: int, offset: int) -> Iterator[Dirent]:
         if self._shape.delay:

@@ -265,58 +265,82 @@ class WritebackCache:
 
         Raises EFBIG beyond what the store can hold.
         """
-        end = offset + len(data)
-        if end > self.max_file_size:
+        n = len(data)
+        if offset + n > self.max_file_size:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-        with self.lock:
-            f = self._adopt(f.ino, f.attr)  # it may have been let go a moment ago, being clean
-            log_ = self.log
-            if at_tail:
-                place = log_.take(len(data))
-            else:
-                places: list[int] = []
-                self._wait_for_room(lambda: places.append(log_.put(data)))
-                place = places[0]
-            sequence = log_.stamp(Kind.WRITE, unique, f.ino, offset, len(data), place)
-            dropped = f.core.write(offset, end, place, self.clock(), sequence, mtime_ns)
+        log_ = self.log
+
+        def take(place: int) -> None:
+            g = self._adopt(f.ino, f.attr)  # it may have been let go a moment ago, being clean
+            sequence = log_.stamp(Kind.WRITE, unique, g.ino, offset, n, place)
+            dropped = g.core.write(offset, offset + n, place, self.clock(), sequence, mtime_ns)
             if dropped:
                 log_.release(dropped)
-            self._dirtied(f)
+            self._dirtied(g)
+
+        with self.lock:
+            if at_tail:
+                take(log_.take(n))
+            else:
+                self._wait_for_room(lambda: take(log_.put(data)))
             return log_.occupied
 
-    def truncate(self, f: File, unique: int, size: int, mtime_ns: int | None) -> None:
+    # Changes without payload. With `wait` False they raise LogFull where they would have to wait for room.
+
+    def truncate(self, f: File, unique: int, size: int, mtime_ns: int | None, wait: bool = True) -> None:
         if size > self.max_file_size:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-        with self.lock:
-            f = self._adopt(f.ino, f.attr)
-            token = self._note(Kind.TRUNCATE, unique, f.ino, size, 0)
-            self._freed(self.log.release(f.core.truncate(size, self.clock(), self.log.sequence, token, mtime_ns)))
-            self._dirtied(f)
 
-    def zero(self, f: File, unique: int, start: int, end: int, grow: bool, mtime_ns: int | None) -> None:
+        def change(g: File) -> None:
+            token = self.log.note(Kind.TRUNCATE, unique, g.ino, size, 0)
+            self._freed(self.log.unnote(g.core.superseded_by_truncate(size)))
+            self._freed(self.log.release(g.core.truncate(size, self.clock(), self.log.sequence, token, mtime_ns)))
+
+        self._change(f, change, wait)
+
+    def zero(
+        self, f: File, unique: int, start: int, end: int, grow: bool, mtime_ns: int | None, wait: bool = True
+    ) -> None:
         """[start, end) reads as zeros; with `grow` the size reaches `end`."""
         if grow and end > self.max_file_size:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-        with self.lock:
-            f = self._adopt(f.ino, f.attr)
-            token = self._note(Kind.ZERO, unique, f.ino, start, end - start, int(grow))
-            dropped = f.core.zero(start, end, grow, self.clock(), self.log.sequence, token, mtime_ns)
+
+        def change(g: File) -> None:
+            token = self.log.note(Kind.ZERO, unique, g.ino, start, end - start, int(grow))
+            dropped = g.core.zero(start, end, grow, self.clock(), self.log.sequence, token, mtime_ns)
             self._freed(self.log.release(dropped))
-            self._dirtied(f)
 
-    def set_times(self, f: File, unique: int, atime_ns: int | None, mtime_ns: int | None) -> None:
+        self._change(f, change, wait)
+
+    def set_times(self, f: File, unique: int, atime_ns: int | None, mtime_ns: int | None, wait: bool = True) -> None:
+        def change(g: File) -> None:
+            before = g.core.noted_times()
+            atime = before[0] if atime_ns is None else atime_ns
+            mtime = before[1] if mtime_ns is None else mtime_ns
+            flags = (atime is not None) | (mtime is not None) << 1
+            token = self.log.note(Kind.TIMES, unique, g.ino, atime or 0, mtime or 0, flags)
+            self._freed(self.log.unnote(g.core.superseded_by_times()))
+            g.core.set_times(atime, mtime, self.clock(), self.log.sequence, token)
+
+        self._change(f, change, wait)
+
+    def _change(self, f: File, change: Callable[[File], None], wait: bool) -> None:
+        """Do `change`, which raises LogFull before it has changed anything, to the state of a file."""
+
+        def act() -> None:
+            g = self._adopt(f.ino, f.attr)  # it may have been let go, also while this waited
+            change(g)
+            self._dirtied(g)
+
         with self.lock:
-            f = self._adopt(f.ino, f.attr)
-            flags = (atime_ns is not None) | (mtime_ns is not None) << 1
-            token = self._note(Kind.TIMES, unique, f.ino, atime_ns or 0, mtime_ns or 0, flags)
-            f.core.set_times(atime_ns, mtime_ns, self.clock(), self.log.sequence, token)
-            self._dirtied(f)
-
-    def _note(self, kind: Kind, unique: int, ino: int, offset: int, length: int, flags: int = 0) -> int:
-        """Held: lock."""
-        tokens: list[int] = []
-        self._wait_for_room(lambda: tokens.append(self.log.note(kind, unique, ino, offset, length, flags)))
-        return tokens[0]
+            if wait:
+                self._wait_for_room(act)
+                return
+            try:
+                act()
+            except LogFull:
+                self._want_room()
+                raise
 
     def _dirtied(self, f: File) -> None:
         """Held: lock. Put `f` where the engine finds it, and wake the engine if it should look now."""

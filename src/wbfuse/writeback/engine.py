@@ -150,7 +150,8 @@ class Engine:
                     cache.work.wait(due)
                     self._watchers -= due is not None
                 self._at_work += 1
-                f.core.seal()
+                if f.core.generations and not f.core.generations[0].sealed:
+                    f.core.seal()  # else the open one goes on absorbing, also while an older one fails again and again
                 g = f.core.begin()
                 f.syncing = g is None
                 if g is not None:
@@ -174,7 +175,7 @@ class Engine:
             piece = cache.store.capabilities.preferred_piece
             if bandwidth.measured:
                 piece = max(_PIECE_LEAST, min(piece, int(bandwidth.value * _PIECE_SECONDS) & -4096))
-            first = _PIECE_FIRST if bandwidth.unknown else piece
+            first = min(piece, _PIECE_FIRST) if bandwidth.unknown else piece
         # The generation is sealed and in flight, so nobody else touches its map.
         pieces = plan(g.extents, piece, cache.log.view, first)
         try:

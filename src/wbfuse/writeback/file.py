@@ -39,6 +39,10 @@ class Generation:
     mtime_ns: int | None = None
     tokens: list[int] = field(default_factory=list)
     """Log records without payload that belong to it."""
+    times: tuple[int | None, int | None, int] | None = None
+    """(atime, mtime, token) of the last record of times."""
+    cuts: list[tuple[int, int, bool]] = field(default_factory=list)
+    """(size, token, whether it moved the size only and cut nothing) of its truncations that still count, in order."""
     sealed: bool = False
     sequence: int = 0
     """Of the last record in it."""
@@ -92,12 +96,44 @@ class FileCache:
         self._full(g)
         return dropped
 
+    def superseded_by_truncate(self, size: int) -> list[int]:
+        """Forget records of the open generation that a truncation to `size` makes worthless. Answers their tokens.
+
+        One that moved nothing but the size says nothing that the next does not; one to more than `size` cut nothing
+        that the next does not cut. So neither a growing nor a shrinking file fills the log with records.
+        """
+        g = self.generations[-1] if self.generations else None
+        if g is None or g.sealed:
+            return []
+        gone = [token for cut, token, mere in g.cuts if mere or cut > size]
+        g.cuts = [c for c in g.cuts if not c[2] and c[0] <= size]
+        for token in gone:
+            g.tokens.remove(token)
+        return gone
+
+    def noted_times(self) -> tuple[int | None, int | None]:
+        """(atime, mtime) of the open generation's record of times, which the next one must repeat."""
+        g = self.generations[-1] if self.generations else None
+        return (None, None) if g is None or g.sealed or g.times is None else g.times[:2]
+
+    def superseded_by_times(self) -> list[int]:
+        """Forget that record: a newer one is there. Answers its token."""
+        g = self.generations[-1] if self.generations else None
+        if g is None or g.sealed or g.times is None:
+            return []
+        token = g.times[2]
+        g.times = None
+        g.tokens.remove(token)
+        return [token]
+
     def truncate(self, size: int, now: float, sequence: int, token: int, mtime_ns: int | None = None) -> Dropped:
         g = self._open(now)
         dropped = []
+        mere = size >= self.size or (g.lowest is not None and g.lowest <= size)
         if size < self.size:
             g.lowest = size if g.lowest is None else min(g.lowest, size)
             dropped = g.extents.truncate(size)
+        g.cuts.append((size, token, mere and not dropped))
         self.size = g.size = size
         if mtime_ns is not None:
             self.mtime_ns = mtime_ns
@@ -128,6 +164,7 @@ class FileCache:
     def set_times(self, atime_ns: int | None, mtime_ns: int | None, now: float, sequence: int, token: int) -> None:
         g = self._open(now)
         g.tokens.append(token)
+        g.times = atime_ns, mtime_ns, token
         g.sequence = sequence
         g.size = self.size
         if atime_ns is not None:

@@ -55,10 +55,10 @@ class Node:
         return any(parent == ORPHANAGE for parent, _ in self.places)
 
 
-def pack(node: Node) -> bytes:
+def pack(identity: Identity, kind: int, removed: bool, places: list[Place]) -> bytes:
     """A node as its journal entry."""
-    out = [_NODE.pack(*node.identity, node.kind, node.removed)]
-    for parent, name in node.places[-_JOURNALED:]:
+    out = [_NODE.pack(*identity, kind, removed)]
+    for parent, name in places[-_JOURNALED:]:
         out += (_PLACE.pack(parent, len(name)), name)
     return b"".join(out)
 
@@ -93,20 +93,31 @@ class Nodes:
                 if parent in self.by_ino:
                     self.by_ino[parent].children += 1
 
-    def _stamp(self, node: Node) -> None:
+    def _stamp(self, node: Node, places: list[Place], removed: bool = False) -> None:
+        """What `node` is about to become. Where this raises (no memory) nothing has changed."""
         if self.by_ino.get(node.ino) is node:
-            self._journal.put(Kind.NODE, node.ino, pack(node))
+            self._journal.put(Kind.NODE, node.ino, pack(node.identity, node.kind, removed or node.removed, places))
 
     def see(self, identity: Identity, kind: int, place: Place) -> Node:
         """The node of a file just found at `place`, made where it is new, with one more lookup."""
         node = self._by_identity.get(identity)
-        if node is None:
-            node = Node(self._numbers.take(), identity, kind)
+        if node is not None:
+            self.add(node, place)
+        else:
+            node = Node(self._numbers.take(), identity, kind, [place])
+            self._journal.put(Kind.NODE, node.ino, pack(identity, kind, False, node.places))
             self.by_ino[node.ino] = node
             self._by_identity[identity] = node
+            self._child(place, 1)
         node.lookups += 1
-        self.add(node, place)
         return node
+
+    def _child(self, place: Place, more: int) -> Node | None:
+        """Count a place with its parent; answers the parent, None where that is not known."""
+        parent = self.by_ino.get(place[0])
+        if parent is not None:
+            parent.children += more
+        return parent
 
     def find(self, identity: Identity) -> Node | None:
         return self._by_identity.get(identity)
@@ -115,26 +126,22 @@ class Nodes:
         """`node` was seen at `place`, which becomes its freshest."""
         if node.ino == ROOT_INO or (node.places and node.places[-1] == place):
             return
-        if place in node.places:
-            node.places.remove(place)
-        else:
-            parent = self.by_ino.get(place[0])
-            if parent is not None:
-                parent.children += 1
-        node.places.append(place)
-        self._stamp(node)
+        known = place in node.places
+        places = [p for p in node.places if p != place] + [place]
+        self._stamp(node, places)
+        node.places = places
+        if not known:
+            self._child(place, 1)
 
     def lose(self, node: Node, place: Place) -> list[int]:
         """`node` is not at `place` any more. Answers the numbers of nodes that nobody needs now."""
         if place not in node.places:
             return []
-        node.places.remove(place)
-        self._stamp(node)
-        parent = self.by_ino.get(place[0])
-        if parent is None:
-            return []
-        parent.children -= 1
-        return self.settle(parent)
+        places = [p for p in node.places if p != place]
+        self._stamp(node, places)
+        node.places = places
+        parent = self._child(place, -1)
+        return [] if parent is None else self.settle(parent)
 
     def settle(self, node: Node) -> list[int]:
         """Remove `node` where nobody needs it, and those that it alone kept. Answers their numbers."""
@@ -142,8 +149,8 @@ class Nodes:
             return []
         if self.by_ino.get(node.ino) is not node:
             return []
-        del self.by_ino[node.ino]
         self._journal.remove(Kind.NODE, node.ino)
+        del self.by_ino[node.ino]
         if self._by_identity.get(node.identity) is node:
             del self._by_identity[node.identity]
         gone = [node.ino]
@@ -154,6 +161,6 @@ class Nodes:
     def removed(self, node: Node) -> None:
         """The file is gone from the store for good."""
         if self._by_identity.get(node.identity) is node:
+            self._stamp(node, node.places, removed=True)
             del self._by_identity[node.identity]
             node.removed = True
-            self._stamp(node)
