@@ -298,8 +298,10 @@ def test_a_lookup_keeps_its_node_though_an_older_one_is_forgotten(stage: Stage) 
     stage.start()
     stage.store.once_after("lookup", lambda: stage.fs.forget(stage.request(ino, blocking=False), 1))
     entry = stage.fs.lookup(stage.request(ROOT_INO), b"f")
-    opened = stage.fs.open(stage.request(entry.nodeid), os.O_RDONLY, 0)
+    assert entry.nodeid == ino
+    opened = stage.fs.open(stage.request(entry.nodeid), os.O_RDONLY, 0)  # ESTALE if the node had gone
     stage.fs.release(stage.request(ino), opened.fh, 0)
+    assert stage.fs.getattr(stage.request(ino), None).nlink == 1
 
 
 def test_a_file_opened_while_it_is_unlinked_can_be_written_and_closed(stage: Stage) -> None:
@@ -334,6 +336,8 @@ def test_forget_does_not_wait_for_a_name_operation(stage: Stage) -> None:
         thread.start()
         wait_for(forgotten)
     thread.join()
+    with pytest.raises(OSError, match="not known"):
+        stage.store.getattr(ino)
 
 
 def test_age_is_watched_while_another_round_is_under_way(source: Path) -> None:
