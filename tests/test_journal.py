@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -89,6 +90,41 @@ def test_a_value_that_is_too_long_is_refused_and_nothing_changes() -> None:
     with pytest.raises(ValueError, match="too long"):
         journal.put(Kind.NODE, 1, bytes(MAX_VALUE + 1))
     assert table(again(journal)) == {}
+
+
+@pytest.mark.parametrize("what", ["_grow", "_map"])
+def test_where_memory_or_a_descriptor_is_lacking_nothing_changes(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call that may fail fails once; whoever was told so finds the table as before, and nobody else notices."""
+    real = getattr(Journal, what)
+    calls, failing, refused = 0, 0, 0
+
+    def lacking(journal: Journal, base: int) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return real(journal, base)
+
+    while calls >= failing:
+        journal, model = Journal(), {}
+        calls, failing = 0, failing + 1
+        monkeypatch.setattr(Journal, what, lacking)
+        for n in range(400):
+            key = n % 7 if n % 3 else 100 + n
+            try:
+                journal.put(Kind.NODE, key, bytes([n % 251]) * 9000)
+                model[Kind.NODE, key] = bytes([n % 251]) * 9000
+                if n % 5 == 0:
+                    journal.remove(Kind.NODE, key)
+                    del model[Kind.NODE, key]
+            except OSError:
+                refused += 1
+        monkeypatch.setattr(Journal, what, real)
+        assert table(again(journal)) == model
+        journal.put(Kind.NODE, 1, b"and it goes on")
+        assert table(again(journal)) == model | {(Kind.NODE, 1): b"and it goes on"}
+    assert failing > 5
+    assert refused > 2
 
 
 def test_counters_give_no_number_twice_across_restarts() -> None:
