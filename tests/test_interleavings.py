@@ -499,3 +499,14 @@ def test_a_request_that_would_wait_says_so_on_the_reader(stage: Stage) -> None:
     stage.engine.cache.drain(lambda _left: None, lambda: False)
     with pytest.raises(WouldBlock):
         stage.fs.write(stage.request(ino, blocking=False), fh, 0, memoryview(b"x"), 0, 0)
+
+
+def test_an_atime_set_after_a_write_leaves_the_mtime_of_the_write(stage: Stage) -> None:
+    ino, fh = stage.create(b"f")
+    f = stage.cache.files[ino]
+    stage.cache.set_times(f, 1, None, 1000)
+    stage.write(ino, fh, 0, b"x")  # direct: it moves the time itself
+    moved = f.core.mtime_ns
+    stage.cache.set_times(f, 2, 5, None)
+    assert moved > 1000
+    assert (f.core.atime_ns, f.core.mtime_ns) == (5, moved)

@@ -316,7 +316,8 @@ class WritebackCache:
         def change(g: File) -> None:
             before = g.core.noted_times()
             atime = before[0] if atime_ns is None else atime_ns
-            mtime = before[1] if mtime_ns is None else mtime_ns
+            # The mtime as it is now: a write may have moved it since that record.
+            mtime = g.core.mtime_ns if mtime_ns is None and before[1] is not None else mtime_ns
             flags = (atime is not None) | (mtime is not None) << 1
             token = self.log.note(Kind.TIMES, unique, g.ino, atime or 0, mtime or 0, flags)
             self._freed(self.log.unnote(g.core.superseded_by_times()))
