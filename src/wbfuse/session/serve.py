@@ -62,15 +62,19 @@ def serve(fs: FileSystem, mountpoint: str, options: Options | None = None) -> No
 
     Raises MountError. Works as root, and for users through fusermount3. The calling process must not use the mount.
     """
-    session, path = attach(fs, mountpoint, options)
-    before = None
-    if threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGTERM, _interrupt)
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _interrupt) if in_main else None
+    # From the moment that the mount is there until somebody waits to take it down, neither signal may come.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
-        session.wait()
-    except KeyboardInterrupt:
-        detach(session, path)
+        session, path = attach(fs, mountpoint, options)
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            session.wait()
+        except KeyboardInterrupt:
+            detach(session, path)
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if before is not None:
             signal.signal(signal.SIGTERM, before)
 
