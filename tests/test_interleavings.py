@@ -80,11 +80,11 @@ class HookedEngine(Engine):
         """(ino, errno) of rounds and syncs."""
         self.news = threading.Condition()
 
-    def _finish(self, f: File, g: Generation | None, error: int) -> None:
+    def _finish(self, f: File, g: Generation | None, error: int, last: bool = True) -> None:
         if self.before_finish is not None:
             act, self.before_finish = self.before_finish, None
             act()
-        super()._finish(f, g, error)
+        super()._finish(f, g, error, last)
         with self.news:
             self.finished.append((f.ino, error))
             self.news.notify_all()
@@ -347,8 +347,8 @@ def test_age_is_watched_while_another_round_is_under_way(source: Path) -> None:
     young, young_fh = stage.create(b"young")
     under_way, written = threading.Event(), threading.Event()
 
-    def commit(round_: Any, _progress: object) -> None:
-        if round_.ino == slow:
+    def commit(rounds: Any, _progress: object) -> None:
+        if rounds[0].ino == slow:
             under_way.set()
             wait_for(written)
         else:

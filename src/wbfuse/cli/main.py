@@ -10,6 +10,7 @@ from wbfuse import __version__
 from wbfuse.cli.mount import mount
 from wbfuse.cli.status import status
 from wbfuse.cli.umount import sync, umount
+from wbfuse.cli.volume import format_command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -24,7 +25,7 @@ def cli() -> None:
     """
 
 
-for _command in (mount, umount, sync, status):
+for _command in (mount, umount, sync, status, format_command):
     cli.add_command(_command)
 
 

@@ -12,11 +12,12 @@ from collections.abc import Callable
 import click
 
 from wbfuse.cli.policy import PolicyError, choose
+from wbfuse.cli.stores import collect_options, store_options
 from wbfuse.cli.units import RATE, SIZE, SLOW, TIME
 from wbfuse.control.mount import MIB, Mount, Spec
 from wbfuse.control.paths import ControlError, log_path, make_runtime_dir
 from wbfuse.session.mount import MountError, check_mountpoint
-from wbfuse.store.directory.store import SourceError
+from wbfuse.store.contract import SourceError
 from wbfuse.store.shaped import Shape
 from wbfuse.writeback.log import LogError, free_memory
 
@@ -66,23 +67,42 @@ def default_log_size() -> int:
     metavar="OPT[,OPT...]",
     help="Options of mount(8): allow_other, ro, nosuid, nodev, noexec, noatime, sync, dirsync.",
 )
+@store_options
+@click.option(
+    "--cache",
+    "cache_dir",
+    type=click.Path(file_okay=False),
+    help="Volumes: keep what was read in this directory, also for later mounts.",
+)
+@click.option("--cache-size", type=SIZE, default="10GiB", show_default=True, help="Volumes: most bytes in --cache.")
+@click.option(
+    "--session-timeout",
+    type=TIME,
+    default="20s",
+    show_default=True,
+    help="Volumes: how long a mount may be silent before another takes over.",
+)
 @click.option("--foreground", "-f", is_flag=True, help="Stay in the foreground; Ctrl-C unmounts.")
 @click.option("--debug-wire", is_flag=True, help="Log one line for each request and reply of the kernel.")
 def mount(
     source: str, mountpoint: str, policy: str, kernel_cache: str | None, log_size: int | None, on_close: str,
     dirty_expire: float, bwlimit: float | None, slow: Shape | None, read_only: bool, options: tuple[str, ...],
-    foreground: bool, debug_wire: bool,
+    endpoint: str | None, access_key: str | None, secret_key: str | None, profile: str | None,
+    store_option: tuple[str, ...], cache_dir: str | None, cache_size: int, session_timeout: float, foreground: bool,
+    debug_wire: bool,
 ) -> None:  # fmt: skip
-    """Mount the directory SOURCE on the directory MOUNTPOINT with a write-back cache between them.
+    """Mount SOURCE on the directory MOUNTPOINT with a write-back cache between them.
 
+    SOURCE is a directory, or the database of a volume that `wbfuse format` made: sqlite:///PATH or postgresql://...
     Returns 0 once the mount answers. Unmount with `wbfuse umount MOUNTPOINT`, which makes everything durable first.
     SOURCE must only be changed through the mount while it is mounted.
     """
     words = [w for option in options for w in option.split(",") if w]
     try:
         path = check_mountpoint(mountpoint)
-        inside = os.path.realpath(source)
-        if os.path.commonpath([path, inside]) == inside and os.path.isdir(inside):
+        volume = "://" in source
+        inside = _absolute(source) if volume else os.path.realpath(source)
+        if not volume and os.path.commonpath([path, inside]) == inside and os.path.isdir(inside):
             raise MountError(f"{path}: lies inside {inside}; the mount would serve itself; choose another directory")
         cache, message = choose(policy, kernel_cache, os.geteuid() == 0)
         make_runtime_dir()
@@ -90,12 +110,24 @@ def mount(
             click.echo(f"wbfuse: {message}", err=True)
         shape = Shape(slow.rate if slow else None, slow.delay if slow else 0.0, bwlimit)
         spec = Spec(
-            source=inside, mountpoint=path, policy=policy, kernel_cache=cache,
-            log_size=default_log_size() if log_size is None else log_size, on_close=on_close,
-            dirty_expire=dirty_expire, shape=shape, read_only=read_only or "ro" in words,
+            source=inside,
+            mountpoint=path,
+            policy=policy,
+            kernel_cache=cache,
+            log_size=default_log_size() if log_size is None else log_size,
+            on_close=on_close,
+            dirty_expire=dirty_expire,
+            shape=shape,
+            read_only=read_only or "ro" in words,
             options=[w for w in words if w not in ("ro", "default_permissions")],
             debug=logging.getLogger("wbfuse.wire").info if debug_wire else None,
-        )  # fmt: skip
+        )
+        if volume:
+            spec.tuning = {
+                "options": collect_options(endpoint, access_key, secret_key, profile, store_option),
+                "cache_dir": os.path.abspath(cache_dir) if cache_dir else None, "cache_size": cache_size,
+                "session_timeout": session_timeout,
+            }  # fmt: skip
     except KNOWN as e:
         raise click.UsageError(str(e)) from e
     if foreground:
@@ -104,6 +136,12 @@ def mount(
     else:
         code = start(spec)
     sys.exit(code)
+
+
+def _absolute(meta: str) -> str:
+    """META with an absolute path where it names a file: the server does not stay in this directory."""
+    prefix = "sqlite:///"
+    return prefix + os.path.abspath(meta.removeprefix(prefix)) if meta.startswith(prefix) else meta
 
 
 def run(spec: Spec, report: Callable[[str | None], None]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -55,6 +56,18 @@ class Spec:
     read_only: bool = False
     options: list[str] = field(default_factory=list)
     debug: Callable[[str], None] | None = None
+    tuning: dict[str, Any] = field(default_factory=dict)
+    """Of a volume: arguments of `volume.Tuning`."""
+
+    @property
+    def is_volume(self) -> bool:
+        """Whether `source` is a database URL, not a directory."""
+        return "://" in self.source
+
+    @property
+    def name(self) -> str:
+        """The source as it may be shown: an absolute path, or a URL without its password."""
+        return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1@", self.source) if self.is_volume else os.path.abspath(self.source)
 
 
 def kernel_dirty_share() -> int:
@@ -66,6 +79,10 @@ def kernel_dirty_share() -> int:
 
 def open_store(spec: Spec, journal: Journal) -> Store:
     """The store that `spec.source` names."""
+    if spec.is_volume:
+        from wbfuse.store.volume import Tuning, VolumeStore  # SQL and object stores take their time to import
+
+        return VolumeStore(spec.source, Tuning(**spec.tuning), log.warning)
     return DirectoryStore(spec.source, spec.read_only, journal)
 
 
@@ -89,7 +106,7 @@ class Mount:
             self.session, self.path = attach(
                 self.fs,
                 spec.mountpoint,
-                Options(fsname=os.path.abspath(spec.source), options=options, debug=spec.debug),
+                Options(fsname=spec.name, options=options, debug=spec.debug),
             )
         except BaseException:
             store.close()
@@ -237,7 +254,7 @@ class Mount:
         spec, agreement = self.spec, self.session.agreement
         out: dict[str, Any] = {
             "mountpoint": self.path,
-            "source": os.path.abspath(spec.source),
+            "source": spec.name,
             "policy": spec.policy,
             "kernel_cache": spec.kernel_cache,
             "on_close": spec.on_close,

@@ -15,6 +15,11 @@ from wbfuse.wire.types import Attr, Dirent, Statfs
 
 ROOT_INO = 1
 
+
+class SourceError(Exception):
+    """What was named cannot serve as a store; one line for the person who asked."""
+
+
 Buffer = bytes | bytearray | memoryview
 Progress = Callable[[int], None]
 
@@ -29,6 +34,10 @@ class Capabilities:
     """Bytes in which data leaves best."""
     max_file_size: int
     """The largest size that a file can have; beyond it a change is EFBIG at once, not at its commit."""
+    stages: bool = False
+    """`stage` brings bytes to the store ahead of their commit, for several rounds of a file at once."""
+    group_bytes: int = 0
+    """Rounds of many files with so many bytes together are best committed in one call; 0: one by one."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -68,10 +77,12 @@ class Round:
     """Truncate to this size first, where the file is larger: the lowest that it was truncated to."""
     pieces: list[Piece] = field(default_factory=list)
     """Sorted by offset, not overlapping."""
-    size: int = 0
-    """The size afterwards."""
+    size: int | None = 0
+    """The size afterwards; None: as it is, or where the last piece ends if that is more."""
     atime_ns: int | None = None
     mtime_ns: int | None = None
+    staged: object | None = None
+    """What `stage` left for `commit`; the store's own."""
 
 
 Found = tuple[int, Attr]
@@ -187,9 +198,22 @@ class Store(ABC):
     @abstractmethod
     def truncate(self, ino: int, size: int) -> None: ...
 
+    def stage(self, rounds: Sequence[Round], progress: Progress) -> None:  # noqa: B027 - most stores do not
+        """Bring the bytes of rounds to where their commit only has to point at them, and set `staged`.
+
+        The buffers are not used any more afterwards. A commit that finds the bytes gone unsets `staged` and raises
+        EAGAIN: the round must be planned anew.
+        """
+
+    def unstage(self, round_: Round) -> None:  # noqa: B027 - most stores do not
+        """A staged round will never be committed. Does not block."""
+
     @abstractmethod
-    def commit(self, round_: Round, progress: Progress) -> None:
-        """Apply a round. `progress` is called with the bytes of each piece as it is taken."""
+    def commit(self, rounds: Sequence[Round], progress: Progress) -> None:
+        """Apply rounds of different files: all or, where the store is atomic, none.
+
+        `progress` is called with the bytes of each piece as it is taken; what was staged is not told again.
+        """
 
     @abstractmethod
     def sync(self, ino: int, datasync: bool = False) -> None:

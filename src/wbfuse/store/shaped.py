@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -73,7 +73,7 @@ class Flow:
         self._owed = 0
 
 
-_QUICK = frozenset({"hold", "drop", "forget", "close"})
+_QUICK = frozenset({"hold", "drop", "forget", "close", "unstage"})
 """These must not block by contract, so they are never delayed."""
 
 
@@ -138,22 +138,37 @@ class ShapedStore:
         if self._out is not None:
             self._out.wait(len(data))
 
-    def commit(self, round_: Round, progress: Progress) -> None:
-        flows = [Flow(link) for link in (self._both, self._out) if link is not None]
+    def commit(self, rounds: Sequence[Round], progress: Progress) -> None:
+        self._carry_rounds(self._store.commit, rounds, progress)
+
+    def stage(self, rounds: Sequence[Round], progress: Progress) -> None:
+        self._carry_rounds(self._store.stage, rounds, progress)
+
+    def _carry_rounds(
+        self, call: Callable[[Sequence[Round], Progress], None], rounds: Sequence[Round], progress: Progress
+    ) -> None:
+        """`progress` may come from several threads at once: each puts on the links what it has taken."""
+        links = [link for link in (self._both, self._out) if link is not None]
+        flows = threading.local()
+        settled: list[Flow] = []
 
         def taken(size: int) -> None:
             if self._shape.delay:
                 time.sleep(self._shape.delay)
             if size:
                 self._written(size)
-            for flow in flows:
+            mine = getattr(flows, "mine", None)
+            if mine is None:
+                mine = flows.mine = [Flow(link) for link in links]
+                settled.extend(mine)
+            for flow in mine:
                 flow.put(size)
             progress(size)
 
         try:
-            self._store.commit(round_, taken)
+            call(rounds, taken)
         finally:
-            for flow in flows:
+            for flow in settled:
                 flow.settle()
 
     def readdir(self, ino: int, offset: int) -> Iterator[Dirent]:

@@ -13,7 +13,7 @@ import errno
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from wbfuse.cli import mount as command
@@ -53,13 +53,13 @@ class FaultyStore:
 
         return call
 
-    def commit(self, round_: Round, progress: Progress) -> None:
+    def commit(self, rounds: Sequence[Round], progress: Progress) -> None:
         script = self._script()
         time.sleep(script.get("delay", 0))
         while self._script().get("stall"):
             time.sleep(0.005)  # polling is the whole channel to the test, which is another process
         self._maybe("commit")
-        self._store.commit(round_, progress)
+        self._store.commit(rounds, progress)
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ def read_all(store: Store, ino: int, size: int = 1 << 16) -> bytes:
 
 
 def put(store: Store, ino: int, data: bytes) -> None:
-    store.commit(Round(ino, None, [Piece(0, len(data), [memoryview(data)])], len(data)), lambda _n: None)
+    store.commit([Round(ino, None, [Piece(0, len(data), [memoryview(data)])], len(data))], lambda _n: None)
 
 
 class StoreContract:
@@ -204,7 +204,7 @@ class StoreContract:
         put(store, ino, b"0123456789" * 10)
         done: list[int] = []
         pieces = [Piece(5, 10, None), Piece(30, 6, [memoryview(b"abc"), memoryview(b"def")])]
-        store.commit(Round(ino, 20, pieces, 50, atime_ns=5, mtime_ns=7), done.append)
+        store.commit([Round(ino, 20, pieces, 50, atime_ns=5, mtime_ns=7)], done.append)
         assert read_all(store, ino) == b"01234" + bytes(10) + b"56789" + bytes(10) + b"abcdef" + bytes(14)
         assert store.getattr(ino).mtime_ns == 7
         assert sum(done) == 6
@@ -217,21 +217,21 @@ class StoreContract:
             wanted = bytearray(store.getattr(ino).size)
             store.read(ino, 0, memoryview(wanted))
             wanted[offset : offset + length] = part
-            store.commit(Round(ino, None, [Piece(offset, length, [memoryview(part)])], len(wanted)), lambda _n: None)
+            store.commit([Round(ino, None, [Piece(offset, length, [memoryview(part)])], len(wanted))], lambda _n: None)
             assert read_all(store, ino, len(wanted) + 1) == bytes(wanted)
 
     def test_a_round_may_be_applied_twice(self, store: Store) -> None:
         ino, _ = store.create(ROOT_INO, b"a", 0o644, ME)
         put(store, ino, b"x" * 100)
         round_ = Round(ino, 10, [Piece(50, 3, [memoryview(b"abc")])], 60)
-        store.commit(round_, lambda _n: None)
-        store.commit(round_, lambda _n: None)
+        store.commit([round_], lambda _n: None)
+        store.commit([round_], lambda _n: None)
         assert read_all(store, ino) == b"x" * 10 + bytes(40) + b"abc" + bytes(7)
 
     def test_data_and_holes_are_found(self, store: Store) -> None:
         ino, _ = store.create(ROOT_INO, b"a", 0o644, ME)
         block = bytes([1]) * 65536
-        store.commit(Round(ino, None, [Piece(1 << 20, 65536, [memoryview(block)])], 2 << 20), lambda _n: None)
+        store.commit([Round(ino, None, [Piece(1 << 20, 65536, [memoryview(block)])], 2 << 20)], lambda _n: None)
         assert store.seek(ino, 0, os.SEEK_DATA) in range((1 << 20) + 1)
         assert store.seek(ino, 1 << 20, os.SEEK_HOLE) >= (1 << 20) + 65536
         assert fails_with(errno.ENXIO, lambda: store.seek(ino, 2 << 20, os.SEEK_DATA))

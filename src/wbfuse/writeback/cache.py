@@ -374,7 +374,11 @@ class WritebackCache:
 
     def _discard(self, f: File) -> list[Callable[[], None]]:
         """Held: lock. Forget the dirty data of a file that nobody can reach. Answers replies to send."""
-        self._release(f.core.discard())
+        gone = f.core.discard()
+        for g in gone:
+            if g.round is not None:
+                self.store.unstage(g.round)  # does not block
+        self._release(gone)
         if not f.core.generations:
             self.dirty.pop(f.ino, None)
             self.full.pop(f.ino, None)

@@ -1,7 +1,8 @@
 """The threads of write-back: committers carry rounds to the store, the pacer lets WRITE replies go, a warmer prepares.
 
 Order of work: rounds that somebody waits for, then sealed generations, then - above the background limit, while
-draining, or past their age - the longest dirty. Rounds of one file never overlap; rounds of different files do.
+draining, or past their age - the longest dirty. Commits of one file never overlap; those of different files do.
+Where the store can, small rounds of many files go in one commit, and bytes of later rounds are staged meanwhile.
 A failed round goes back to dirty and is tried again with growing delay; nothing is dropped.
 """
 
@@ -31,7 +32,10 @@ _FIRST_RETRY, _LAST_RETRY = 0.1, 30.0
 _PIECE_SECONDS = 0.1
 _PIECE_LEAST, _PIECE_FIRST = 256 << 10, 1 << 20
 _CLEAN_EVERY = 0.1
-_HEAVY, _HEAVY_ROUNDS = 1 << 20, 2
+_HEAVY, _HEAVY_ROUNDS, _HEAVY_STAGED = 1 << 20, 2, 4
+"""What a heavy round is, and how many go at once: more where their bytes are staged ahead."""
+_COMPANY = 512
+"""The most files in one commit."""
 _CALM_ROUNDS = 1
 """Rounds at once where age is the only reason, until twice the age: more take the interpreter from the reader."""
 _PR_SET_IO_FLUSHER = 57
@@ -58,6 +62,11 @@ class Engine:
         self._clean_at = 0.0
         self._heavy = 0
         """Large rounds under way."""
+        store = cache.store.capabilities
+        self._stages, self._group_bytes = store.stages, store.group_bytes
+        self._most_heavy = _HEAVY_STAGED if store.stages else _HEAVY_ROUNDS
+        self._carried: dict[int, File] = {}
+        """Files that have something in a committer's hands, where the store stages."""
         self._stopping = False
         self._threads = [
             threading.Thread(target=self._commit_loop, name=f"committer-{i}", daemon=True) for i in range(committers)
@@ -89,11 +98,49 @@ class Engine:
                 cache.dirty.setdefault(ino, failed)
                 cache.dirty.move_to_end(ino, last=False)
                 cache.full[ino] = failed
-        f = next((f for f in cache.urgent.values() if f.retry_at <= now), None) or self._oldest(now)
+        f = next((f for f in cache.urgent.values() if f.retry_at <= now and not _staging(f)), None) or self._oldest(now)
         if f is not None:
-            for queue in (cache.urgent, cache.full, cache.dirty, cache.failing):
-                queue.pop(f.ino, None)
+            self._take(f)
         return f
+
+    def _take(self, f: File) -> None:
+        """Held: lock."""
+        for queue in (self.cache.urgent, self.cache.full, self.cache.dirty, self.cache.failing):
+            queue.pop(f.ino, None)
+
+    def _company(self, first: File, now: float) -> list[File]:
+        """Held: lock. `first` and others that are due as well and whose bytes fit into the same commit."""
+        found = [first]
+        if not self._group_bytes or not first.core.generations or first.failures:
+            return found
+        room = self._group_bytes - first.core.generations[0].extents.bytes
+        over = self._over()
+        cache = self.cache
+        aged = (f for f in cache.dirty.values() if over or now - _born(f) >= self.dirty_expire)
+        for f in [*cache.urgent.values(), *cache.full.values(), *aged]:
+            if room <= 0 or len(found) >= _COMPANY:
+                break
+            if not f.core.generations or f.failures or f in found or _staging(f):
+                continue
+            size = f.core.generations[0].extents.bytes
+            if size <= room:
+                room -= size
+                found.append(f)
+        for f in found[1:]:
+            self._take(f)
+        return found
+
+    def _over(self) -> bool:
+        """Held: lock. Whether there is reason to write everything now."""
+        cache = self.cache
+        return bool(cache.draining or cache.parked or cache.log.occupied > cache.limits.background)
+
+    def _ahead(self) -> tuple[File, Generation] | None:
+        """Held: lock. The oldest sealed generation that may be staged while what is before it is being committed."""
+        if not self._stages or self._heavy >= self._most_heavy:
+            return None
+        found = [(g.born, f.ino, f, g) for f in self._carried.values() if not f.failures and (g := f.core.ahead())]
+        return min(found)[2:] if found else None
 
     def _oldest(self, now: float) -> File | None:
         """Held: lock. The file whose oldest generation is the oldest of all that are due and that nobody waits for.
@@ -103,7 +150,7 @@ class Engine:
         """
         cache = self.cache
         found = list(cache.full.values())
-        over = cache.draining or cache.parked or cache.log.occupied > cache.limits.background
+        over = self._over()
         for f in cache.dirty.values():  # in order of age
             age = now - _born(f)
             if not over and (
@@ -116,7 +163,9 @@ class Engine:
         return min((f for f in found if self._may_start(f)), key=_born, default=None)
 
     def _may_start(self, f: File) -> bool:
-        return self._heavy < _HEAVY_ROUNDS or f.core.generations[0].extents.bytes < _HEAVY
+        if _staging(f):
+            return False
+        return self._heavy < self._most_heavy or f.core.generations[0].extents.bytes < _HEAVY or _staged(f)
 
     def _due(self, now: float) -> float | None:
         """Held: lock. Seconds until `_pick` may find something by time alone.
@@ -138,57 +187,150 @@ class Engine:
         cache = self.cache
         while True:
             with cache.lock:
+                ahead: tuple[File, Generation] | None = None
                 while True:
                     if self._stopping:
                         return
                     now = cache.clock()
                     f = self._pick(now)
-                    if f is not None:
+                    if f is not None or (ahead := self._ahead()) is not None:
                         break
                     due = self._due(now)
                     self._watchers += due is not None
                     cache.work.wait(due)
                     self._watchers -= due is not None
                 self._at_work += 1
-                if f.core.generations and not f.core.generations[0].sealed:
-                    f.core.seal()  # else the open one goes on absorbing, also while an older one fails again and again
-                g = f.core.begin()
-                f.syncing = g is None
-                if g is not None:
-                    cache.in_flight_bytes += g.extents.bytes
-                    self._heavy += g.extents.bytes >= _HEAVY
-                if self._watchers == 0 and (cache.dirty or cache.failing or cache.urgent):
-                    cache.work.notify()  # somebody else must watch what becomes due next
+                if f is not None:
+                    jobs = [self._begin(f) for f in self._company(f, now)]
+                elif ahead is not None:
+                    self._begin_staging(*ahead)
+                if (self._watchers == 0 and (cache.dirty or cache.failing or cache.urgent)) or self._stages:
+                    cache.work.notify()  # somebody else must watch what becomes due next, or stage what follows
+            if ahead is not None and f is None:
+                self._stage(*ahead)
+                continue
             try:
-                error = self._commit(f, g) if g is not None else self._sync(f)
+                errors = self._carry(jobs)
             except Exception:  # a defect of a store must not end write-back
-                log.exception("write-back of node %d failed", f.ino)
-                error = errno.EIO
-            self._finish(f, g, error)
+                log.exception("write-back of node %d failed", jobs[0][0].ino)
+                errors = {f.ino: errno.EIO for f, _ in jobs}
+            for i, (f, g) in enumerate(jobs):
+                self._finish(f, g, errors.get(f.ino, 0), last=i == len(jobs) - 1)
 
-    def _commit(self, f: File, g: Generation) -> int:
+    def _begin(self, f: File) -> tuple[File, Generation | None]:
+        """Held: lock. Put the oldest generation in flight; without one, the file is only synced."""
+        if f.core.generations and not f.core.generations[0].sealed:
+            f.core.seal()  # else the open one goes on absorbing, also while an older one fails again and again
+        g = f.core.begin()
+        f.syncing = g is None
+        if g is not None:
+            self.cache.in_flight_bytes += g.extents.bytes
+            g.weighed = g.extents.bytes >= _HEAVY and g.round is None
+            self._heavy += g.weighed
+        if self._stages:
+            self._carried[f.ino] = f
+        return f, g
+
+    def _round(self, f: File, g: Generation) -> Round:
+        """What the store is given. The generation is sealed and in flight or pinned, so nobody else touches its map."""
+        if g.round is not None:
+            return g.round
         cache = self.cache
         bandwidth = cache.limits.bandwidth
         with cache.lock:
             bandwidth.start(cache.clock())
-            seen = f.attr_version
             piece = cache.store.capabilities.preferred_piece
             if bandwidth.measured:
                 piece = max(_PIECE_LEAST, min(piece, int(bandwidth.value * _PIECE_SECONDS) & -4096))
             first = min(piece, _PIECE_FIRST) if bandwidth.unknown else piece
-        # The generation is sealed and in flight, so nobody else touches its map.
         pieces = plan(g.extents, piece, cache.log.view, first)
+        return Round(f.ino, g.lowest, pieces, g.size, g.atime_ns, g.mtime_ns)
+
+    def _carry(self, jobs: list[tuple[File, Generation | None]]) -> dict[int, int]:
+        """Commit, and make durable where somebody waits. Answers the errors, by ino."""
+        work = [(f, g, self._round(f, g)) for f, g in jobs if g is not None]
+        errors: dict[int, int] = {}
+        if work:
+            with self.cache.lock:
+                seen = [f.attr_version for f, _, _ in work]
+            errors = self._commit([r for _, _, r in work])
+            with self.cache.lock:
+                for _, g, r in work:
+                    g.round = r if r.staged is not None else None  # after a failure only the commit is left to repeat
+            for (f, g, _), version in zip(work, seen, strict=True):
+                if f.ino not in errors:
+                    errors |= self._committed(f, g, version)
+        for f, nothing in jobs:
+            if nothing is None and (error := self._sync(f)):
+                errors[f.ino] = error
+        return errors
+
+    def _commit(self, rounds: list[Round]) -> dict[int, int]:
+        """Give rounds to the store, one by one where they fail together. Answers the errors, by ino."""
         try:
-            cache.store.commit(Round(f.ino, g.lowest, pieces, g.size, g.atime_ns, g.mtime_ns), self._progress)
-            attr = cache.store.getattr(f.ino)
+            self.cache.store.commit(rounds, self._progress)
         except OSError as e:
-            return e.errno or errno.EIO
-        with cache.lock:
+            if len(rounds) == 1 or e.errno in TRANSIENT:
+                return {r.ino: e.errno or errno.EIO for r in rounds}
+        else:
+            return {}
+        errors: dict[int, int] = {}
+        for r in rounds:
+            errors |= self._commit([r])
+        return errors
+
+    def _committed(self, f: File, g: Generation, seen: int) -> dict[int, int]:
+        """The store has `g`; `seen` was the version of the file's attributes before that."""
+        try:
+            attr = self.cache.store.getattr(f.ino)
+        except OSError as e:
+            return {f.ino: e.errno or errno.EIO}
+        with self.cache.lock:
             f.version += 1
             if f.attr_version == seen:  # else somebody has set a mode or owner since, and knows better
                 f.set_attr(attr)
             waited_for = any(w.generation <= g.number for w in f.waiters)
-        return self._sync(f) if waited_for else 0
+        error = self._sync(f) if waited_for else 0
+        return {f.ino: error} if error else {}
+
+    def _begin_staging(self, f: File, g: Generation) -> None:
+        """Held: lock."""
+        g.staging = True
+        g.pinned = self.cache.log.pin(g.extents.places())
+        self._heavy += g.extents.bytes >= _HEAVY
+
+    def _stage(self, f: File, g: Generation) -> None:
+        """Bring the bytes of a generation to the store while an older one is being committed."""
+        cache = self.cache
+        round_ = None
+        try:
+            round_ = self._round(f, g)
+            cache.store.stage([round_], self._progress)
+        except OSError as e:
+            log.debug("staging of node %d failed: %s", f.ino, e)  # its commit will try again, and tell
+        except Exception:
+            log.exception("staging of node %d failed", f.ino)
+        with cache.lock:
+            self._at_work -= 1
+            self._heavy -= g.extents.bytes >= _HEAVY
+            g.staging = False
+            staged = round_ is not None and round_.staged is not None
+            wanted = any(g is mine for mine in f.core.generations)
+            if staged and wanted:
+                g.round = round_
+            cache._freed(cache.log.unpin(g.pinned))
+            g.pinned = []
+            if wanted and not staged:
+                f.failures += 1  # so that nobody tries the same again at once
+                f.retry_at = cache.clock() + _FIRST_RETRY
+            if wanted and not f.busy:
+                if staged:
+                    cache.requeue(f)
+                else:
+                    cache.failing[f.ino] = f
+            cache.work.notify()
+        if staged and not wanted and round_ is not None:
+            cache.store.unstage(round_)
 
     def _sync(self, f: File) -> int:
         with self.cache.lock:
@@ -219,16 +361,17 @@ class Engine:
             except OSError:
                 log.exception("the kernel's share could not be set")
 
-    def _finish(self, f: File, g: Generation | None, error: int) -> None:
-        """The round of `g` (or, where None, a sync alone) has ended."""
+    def _finish(self, f: File, g: Generation | None, error: int, last: bool = True) -> None:
+        """The round of `g` (or, where None, a sync alone) has ended; it was the `last` of its commit."""
         cache = self.cache
         answers: list[Callable[[], None]] = []
         with cache.lock:
-            self._at_work -= 1
+            self._at_work -= last
+            self._carried.pop(f.ino, None)
             f.syncing = False
             if g is not None:
                 cache.in_flight_bytes -= g.extents.bytes
-                self._heavy -= g.extents.bytes >= _HEAVY
+                self._heavy -= g.weighed
                 # A failed sync may have lost committed pages in the store, so its round is written again as well.
                 if f.core.end(error == 0) is not None:
                     cache._release([g])
@@ -328,6 +471,15 @@ class Engine:
 
 def _born(f: File) -> float:
     return f.core.generations[0].born
+
+
+def _staging(f: File) -> bool:
+    """Whether the oldest generation is on its way to the store, so that its commit must wait."""
+    return bool(f.core.generations) and f.core.generations[0].staging
+
+
+def _staged(f: File) -> bool:
+    return f.core.generations[0].round is not None
 
 
 def _first(queue: OrderedDict[int, File]) -> File | None:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
-from wbfuse.store.contract import Piece
+from wbfuse.store.contract import Piece, Round
 from wbfuse.writeback.extents import HOLE, Dropped, ExtentMap
 
 STORE = -2
@@ -46,6 +47,14 @@ class Generation:
     sealed: bool = False
     sequence: int = 0
     """Of the last record in it."""
+    round: Round | None = None
+    """Its bytes are staged in the store; only the commit is left."""
+    staging: bool = False
+    """Its bytes are on their way there."""
+    pinned: list[Any] = field(default_factory=list)
+    """What keeps its bytes in the log until then."""
+    weighed: bool = False
+    """Its commit was counted as a heavy one."""
 
 
 class FileCache:
@@ -210,11 +219,20 @@ class FileCache:
         return self.generations[-1].number
 
     def begin(self) -> Generation | None:
-        """Put the oldest sealed generation in flight; None where one is already, or none is sealed."""
-        if self.in_flight or not self.generations or not self.generations[0].sealed:
+        """Put the oldest sealed generation in flight; None where one is already, or none is sealed and at hand."""
+        if self.in_flight or not self.generations or not self.generations[0].sealed or self.generations[0].staging:
             return None
         self.in_flight = True
         return self.generations[0]
+
+    def ahead(self) -> Generation | None:
+        """The oldest sealed generation behind the one in flight whose bytes nobody carries yet."""
+        for g in self.generations[self.in_flight :]:
+            if not g.sealed:
+                return None
+            if g.round is None and not g.staging:
+                return g
+        return None
 
     def end(self, ok: bool) -> Generation | None:
         """The round in flight has ended. On success answers its generation, whose log bytes are free now."""

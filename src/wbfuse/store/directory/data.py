@@ -157,7 +157,11 @@ class DirectoryData:
         fd = self.data_fd(ino, write=True)
         os.ftruncate(fd.n, size)
 
-    def commit(self, round_: Round, progress: Progress) -> None:
+    def commit(self, rounds: Sequence[Round], progress: Progress) -> None:
+        for round_ in rounds:
+            self._commit(round_, progress)
+
+    def _commit(self, round_: Round, progress: Progress) -> None:
         fd = self.data_fd(round_.ino, write=True)
         size = os.fstat(fd.n).st_size
         if round_.lowest is not None and round_.lowest < size:
@@ -166,7 +170,7 @@ class DirectoryData:
         for piece in round_.pieces:
             self._put(fd, round_.ino, piece, size)
             progress(piece.length if piece.buffers is not None else 0)
-        if os.fstat(fd.n).st_size != round_.size:
+        if round_.size is not None and os.fstat(fd.n).st_size != round_.size:
             os.ftruncate(fd.n, round_.size)
         if round_.mtime_ns is not None or round_.atime_ns is not None:
             now = syscalls.statx(fd.n)[0]

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from wbfuse.journal import Journal
-from wbfuse.store.contract import ROOT_INO, Capabilities, Change, Found, Owner, Store
+from wbfuse.store.contract import ROOT_INO, Capabilities, Change, Found, Owner, SourceError, Store
 from wbfuse.store.directory import syscalls
 from wbfuse.store.directory.data import DirectoryData
 from wbfuse.store.directory.fds import Fd, FdCache
@@ -32,10 +32,6 @@ PRIVATE = b".wbfuse"
 _ORPHANS = b"orphans"
 _DIR_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _GETDENTS = 8192
-
-
-class SourceError(Exception):
-    """The directory cannot serve as a store; one line for the person who asked."""
 
 
 def _proc(fd: Fd) -> str:

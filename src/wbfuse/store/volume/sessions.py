@@ -1,0 +1,188 @@
+"""Who has a volume: the session of this mount, its heartbeat, and the fencing of those that are dead.
+
+Safety does not rest on clocks: every change takes a lock on its session's row and fails where that is gone. Time only
+says when it is worth trying to remove somebody else's.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+from sqlalchemy import Connection, bindparam, delete, insert, select, update
+
+from wbfuse.store.volume.database import Database
+from wbfuse.store.volume.schema import counters, leases, sessions
+
+log = logging.getLogger(__name__)
+
+IDS_AT_ONCE = 1024
+_BEATS = 4
+"""Heartbeats in a timeout."""
+
+_GUARD = (
+    select(sessions.c.session).where(sessions.c.session == bindparam("s")).with_for_update(read=True, key_share=True)
+)
+
+
+class VolumeBusyError(Exception):
+    """Somebody else has the volume; one line for the person who asked."""
+
+
+def this_process() -> str:
+    """Names this process among all that ever ran on any machine: boot id, pid, start time."""
+    return _process(os.getpid())
+
+
+def _process(pid: int) -> str:
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as f:
+        boot = f.read().strip()
+    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
+        started = f.read().rpartition(")")[2].split()[19]
+    return f"{boot}:{pid}:{started}"
+
+
+def is_dead(process: str) -> bool:
+    """Whether that process is known to be gone: it ran here, since the last boot, and does not now."""
+    boot, pid, _ = process.split(":")
+    try:
+        return _process(int(pid)) != process and this_process().startswith(boot + ":")
+    except OSError:
+        return this_process().startswith(boot + ":")
+
+
+def take_ids(c: Connection, n: int) -> int:
+    """The first of `n` numbers that nobody else gets."""
+    ids = counters.c.name == "id"
+    after = c.execute(update(counters).where(ids).values(value=counters.c.value + n).returning(counters.c.value))
+    return int(after.scalar_one()) - n
+
+
+def fence(c: Connection, session: int) -> None:
+    """Nothing that this session still does can be committed from here on."""
+    c.execute(delete(sessions).where(sessions.c.session == session))
+    c.execute(delete(leases).where(leases.c.session == session))
+
+
+class Session:
+    """A session of `database`, taken by the constructor: alone, or with others where all are `shared`.
+
+    Raises VolumeBusyError where somebody alive has it. `timeout`: seconds after which one that does not move is dead.
+    Lock: `_lock` guards the numbers in stock; a transaction may run under it.
+    """
+
+    def __init__(
+        self, database: Database, shared: bool, timeout: float, waiting: Callable[[str], None] = lambda _text: None
+    ) -> None:
+        self._database = database
+        self.shared = shared
+        self.timeout = timeout
+        self.fenced = threading.Event()
+        self._lock = threading.Lock()
+        self._next = self._end = 0
+        self._closed = threading.Event()
+        self.number = self._take(waiting)
+        self._thread = threading.Thread(target=self._beat_loop, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    # taking
+
+    def _take(self, waiting: Callable[[str], None]) -> int:
+        while True:
+            try:
+                return self._database.transact(self._enter, durable=True)
+            except _InTheWayError as e:
+                holder = e
+            alive = "" if is_dead(holder.process) else self._watch(holder, waiting)
+            if alive:
+                raise VolumeBusyError(
+                    f"in use by {holder.host} (process {holder.process.split(':')[1]}"
+                    f"{', shared' if holder.shared else ''}); "
+                    + ("unmount it there, or mount both with --shared" if not self.shared else "it is not --shared")
+                )
+            log.warning("session %d of %s is dead: fenced", holder.session, holder.host)
+            self._database.transact(lambda c, n=holder.session: fence(c, n), durable=True)  # type: ignore[misc]
+
+    def _enter(self, c: Connection) -> int:
+        c.execute(select(counters).where(counters.c.name == "session").with_for_update())  # one enters at a time
+        for row in c.execute(select(sessions)):
+            if not (self.shared and row.shared):
+                raise _InTheWayError(row.session, row.beat, row.shared, row.host, row.process)
+        number = take_ids(c, 1)
+        c.execute(
+            insert(sessions).values(
+                session=number,
+                beat=0,
+                shared=self.shared,
+                host=socket.gethostname(),
+                process=this_process(),
+                started_ns=time.time_ns(),
+            )
+        )  # fmt: skip
+        return number
+
+    def _watch(self, holder: _InTheWayError, waiting: Callable[[str], None]) -> str:
+        """Whether the holder moves within a timeout, as a non-empty string."""
+        waiting(f"the volume was in use by {holder.host}; waiting {self.timeout:.0f} s to see whether it lives")
+        until = time.monotonic() + self.timeout
+        beat = select(sessions.c.beat).where(sessions.c.session == holder.session)
+        while time.monotonic() < until:
+            now = self._database.query(lambda c: c.execute(beat).scalar_one_or_none())
+            if now is None:
+                return ""
+            if now != holder.beat:
+                return "moves"
+            self._closed.wait(min(0.5, self.timeout / _BEATS))
+        return ""
+
+    # being
+
+    def guard(self, c: Connection) -> None:
+        """The first statement of every change. Raises EIO where this session was fenced."""
+        if c.execute(_GUARD, {"s": self.number}).first() is None:
+            self.fenced.set()
+            raise OSError(errno.EIO, "this mount was fenced: another host has taken the volume over")
+
+    def ids(self, n: int = 1) -> int:
+        """The first of `n` numbers that nobody else gets."""
+        with self._lock:
+            if self._end - self._next < n:
+                block = max(n, IDS_AT_ONCE)
+                self._next = self._database.transact(lambda c: take_ids(c, block))
+                self._end = self._next + block
+            first = self._next
+            self._next += n
+            return first
+
+    def _beat_loop(self) -> None:
+        mine = sessions.c.session == self.number
+        beat = update(sessions).where(mine).values(beat=sessions.c.beat + 1)
+        while not self._closed.wait(self.timeout / _BEATS):
+            try:
+                if self._database.transact(lambda c: c.execute(beat).rowcount) == 0:
+                    if not self.fenced.is_set():
+                        log.error("this mount was fenced: another host has taken the volume over")
+                    self.fenced.set()
+                    return
+            except OSError as e:
+                log.warning("heartbeat: %s", e.strerror)
+
+    def close(self) -> None:
+        """End the session, where it was not fenced before."""
+        self._closed.set()
+        self._thread.join()
+        try:
+            self._database.transact(lambda c: fence(c, self.number), durable=True)
+        except OSError as e:
+            log.warning("the session could not be ended: %s; the next mount will wait for it", e.strerror)
+
+
+class _InTheWayError(Exception):
+    def __init__(self, session: int, beat: int, shared: bool, host: str, process: str) -> None:
+        super().__init__(session)
+        self.session, self.beat, self.shared, self.host, self.process = session, beat, shared, host, process

@@ -1,0 +1,212 @@
+"""VolumeStore: a volume as a Store, put together from its parts, and `format`, which makes one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import stat
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import func, insert, inspect, select
+
+from wbfuse.store.contract import ROOT_INO, Capabilities, SourceError, Store
+from wbfuse.store.volume.data import MAX_SIZE, VolumeData
+from wbfuse.store.volume.database import Database, DatabaseError
+from wbfuse.store.volume.frames import DiskCache, FrameCache
+from wbfuse.store.volume.names import MOVES
+from wbfuse.store.volume.nodes import Nodes
+from wbfuse.store.volume.objects import Objects, ObjectsError, explain
+from wbfuse.store.volume.packer import COMPRESS
+from wbfuse.store.volume.reaper import Reaper, leftovers
+from wbfuse.store.volume.schema import VERSION, counters, inodes, metadata, packs, settings
+from wbfuse.store.volume.sessions import Session, VolumeBusyError
+from wbfuse.wire.types import Statfs
+
+log = logging.getLogger(__name__)
+
+MIB = 1 << 20
+PACK_SIZE = 16 * MIB
+MARK = "wbfuse-volume"
+"""The object that says which volume a prefix belongs to."""
+_FIRST_ID = 1024
+_STATFS_SECONDS = 5.0
+_PLENTY = 1 << 50
+SECRET = re.compile(r"secret|token|password|key", re.IGNORECASE)
+
+
+class VolumeError(SourceError):
+    """The volume cannot serve; one line for the person who asked."""
+
+
+@dataclass(slots=True)
+class Tuning:
+    """How a volume is mounted. Sizes in bytes, times in seconds."""
+
+    options: dict[str, str] = field(default_factory=dict)
+    """Of the object store: endpoint, region, access_key_id, secret_access_key, profile ..."""
+    shared: bool = False
+    session_timeout: float = 20.0
+    attr_timeout: float = 1.0
+    cache_dir: str | None = None
+    cache_size: int = 10 << 30
+    memory: int = 128 * MIB
+    readahead: int = 32 * MIB
+
+
+def read_settings(database: Database) -> dict[str, str]:
+    """The volume's settings. Raises VolumeError where this is no volume, or one that a newer wbfuse made."""
+    where = database.url.render_as_string()
+    if not inspect(database.engine).has_table(settings.name):
+        raise VolumeError(f"{where}: no volume here; make one with: wbfuse format META --data URL")
+    found: dict[str, str] = {r.name: r.value for r in database.query(lambda c: c.execute(select(settings)).all())}
+    if "version" not in found:
+        raise VolumeError(f"{where}: no volume here; make one with: wbfuse format META --data URL")
+    if int(found["version"]) > VERSION:
+        raise VolumeError(
+            f"{where}: made by a newer wbfuse (volume version {found['version']}, this one knows {VERSION}); update it"
+        )
+    return found
+
+
+def open_objects(found: dict[str, str], options: dict[str, str]) -> Objects:
+    """The bucket of a volume, seen to be its own. Raises VolumeError."""
+    saved = {name[7:]: value for name, value in found.items() if name.startswith("option.")}
+    try:
+        objects = Objects(found["data"], saved | options)
+        mark = objects.get_all(MARK).decode()
+    except ObjectsError as e:
+        raise VolumeError(str(e)) from e
+    except FileNotFoundError as e:
+        raise VolumeError(f"{found['data']}: no volume is there (or no such bucket): {e.strerror}") from e
+    except OSError as e:
+        raise VolumeError(f"{found['data']}: {explain(e)}") from e
+    if mark != found["uuid"]:
+        raise VolumeError(f"{found['data']}: holds another volume ({mark}, not {found['uuid']})")
+    return objects
+
+
+def format_volume(
+    meta: str, data: str, options: dict[str, str], pack_size: int = PACK_SIZE, compress: str = "none"
+) -> dict[str, str]:
+    """Make an empty volume. Answers its settings. Raises VolumeError; nothing is changed then."""
+    if not MIB <= pack_size <= 1 << 30:
+        raise VolumeError("a pack is 1MiB to 1GiB")
+    try:
+        database = Database(meta, create=True)
+    except DatabaseError as e:
+        raise VolumeError(str(e)) from e
+    try:
+        if inspect(database.engine).has_table(settings.name):
+            raise VolumeError(f"{database.url.render_as_string()}: there is a volume already; use another database")
+        values = {
+            "uuid": str(uuid.uuid4()), "version": str(VERSION), "data": data, "pack_size": str(pack_size),
+            "compress": compress, MOVES: "", "made": str(int(time.time())),
+        } | {f"option.{name}": value for name, value in options.items() if not SECRET.search(name)}  # fmt: skip
+        try:
+            objects = Objects(data, options)
+            objects.probe()
+            try:
+                objects.put(MARK, [values["uuid"].encode()])
+            except FileExistsError:
+                mark = objects.get_all(MARK).decode(errors="replace")
+                raise VolumeError(f"{data}: holds a volume already ({mark}); use another prefix") from None
+        except ObjectsError as e:
+            raise VolumeError(str(e)) from e
+        except OSError as e:
+            raise VolumeError(f"{data}: {explain(e)}") from e
+        metadata.create_all(database.engine)
+        now = time.time_ns()
+        root = {
+            "ino": ROOT_INO, "version": 1, "mode": stat.S_IFDIR | 0o755, "uid": os.geteuid(), "gid": os.getegid(),
+            "nlink": 2, "rdev": 0, "size": 0, "bytes": 0, "atime_ns": now, "mtime_ns": now, "ctime_ns": now, "layer": 0,
+            "parent": ROOT_INO, "target": None,
+        }  # fmt: skip
+
+        def fill(c: Any) -> None:
+            c.execute(insert(counters), [{"name": "id", "value": _FIRST_ID}, {"name": "session", "value": 0},
+                                         {"name": "sync", "value": 0}, {"name": "dump", "value": 0}])  # fmt: skip
+            c.execute(insert(inodes).values(root))
+            c.execute(insert(settings), [{"name": n, "value": v} for n, v in values.items()])
+
+        database.transact(fill, durable=True)
+        return values
+    finally:
+        database.close()
+
+
+class VolumeStore(VolumeData, Store):
+    """Serve the volume whose database is `meta`. Raises VolumeError."""
+
+    def __init__(
+        self, meta: str, tuning: Tuning | None = None, waiting: Callable[[str], None] = lambda _text: None
+    ) -> None:
+        tuning = tuning or Tuning()
+        try:
+            self.database = Database(meta)
+        except DatabaseError as e:
+            raise VolumeError(str(e)) from e
+        try:
+            self.settings = read_settings(self.database)
+            self.objects = open_objects(self.settings, tuning.options)
+            self.session = Session(self.database, tuning.shared, tuning.session_timeout, waiting)
+        except VolumeBusyError as e:
+            self.database.close()
+            raise VolumeError(f"{meta}: {e}") from e
+        except BaseException:
+            self.database.close()
+            raise
+        self.pack_size = int(self.settings["pack_size"])
+        self.compress = COMPRESS[self.settings["compress"]]
+        disk = None
+        if tuning.cache_dir is not None:
+            disk = DiskCache(os.path.join(tuning.cache_dir, self.settings["uuid"]), tuning.cache_size)
+        self.frames = FrameCache(self.objects, self.settings["compress"], tuning.memory, disk)
+        self.nodes = Nodes(tuning.attr_timeout if tuning.shared else None)
+        self._init_names()
+        self._init_data(min(tuning.readahead, tuning.memory // 4))
+        self.reaper = Reaper(self.database, self.objects)
+        self._statfs: tuple[float, int] = (-1e9, 0)
+        self.nodes.learn(self._row_of_root(), lookups=1)
+        inos, layers, numbers = self.database.query(lambda c: leftovers(c, 100_000))
+        self.reaper.put_inodes(inos)
+        self.reaper.put_layers(layers)
+        self.reaper.put_packs(numbers)
+
+    def _row_of_root(self) -> Any:
+        return self.database.query(lambda c: c.execute(select(inodes).where(inodes.c.ino == ROOT_INO)).one())
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            atomic_commit=True, preferred_piece=self.pack_size, max_file_size=MAX_SIZE, stages=True,
+            group_bytes=self.pack_size,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self.reaper.close()
+        self._close_data()
+        self.session.close()
+        self.database.close()
+
+    def removed(self, ino: int) -> None:
+        self.maps.forget(ino)
+        self.reaper.put_inodes([ino])
+
+    def abandoned(self, numbers: list[int]) -> None:
+        self.reaper.put_packs(numbers)
+
+    def statfs(self) -> Statfs:
+        """What packs take of a petabyte: a bucket has no end."""
+        now = time.monotonic()
+        if now - self._statfs[0] > _STATFS_SECONDS:
+            used = self.database.query(
+                lambda c: c.execute(select(func.coalesce(func.sum(packs.c.size), 0))).scalar_one()
+            )
+            self._statfs = now, int(used)
+        free = max(0, _PLENTY - self._statfs[1]) // 4096
+        return Statfs(_PLENTY // 4096, free, free, 1 << 40, 1 << 40)
