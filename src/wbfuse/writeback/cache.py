@@ -347,6 +347,8 @@ class WritebackCache:
         """Held: lock. Put `f` where the engine finds it, and wake the engine if it should look now."""
         ino = f.ino
         if f.busy or ino in self.failing:
+            if f.core.generations[-1].sealed:
+                self.work.notify()  # it may be staged meanwhile
             return
         if ino not in self.dirty:
             self.dirty[ino] = f
