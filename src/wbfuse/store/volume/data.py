@@ -19,11 +19,13 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
 from wbfuse.store.contract import Buffer, Piece, Progress, Round
+from wbfuse.store.volume.clone import VolumeClones, share
+from wbfuse.store.volume.compact import Compactor
 from wbfuse.store.volume.database import Database
 from wbfuse.store.volume.frames import FrameCache, Place, Wanted
 from wbfuse.store.volume.layout import HOLE, Extent, cut, decode_frames, overlay, pack_key, without_gaps
 from wbfuse.store.volume.maps import WINDOW, Maps, layer_row, resolve, rows_in, rows_touched
-from wbfuse.store.volume.names import VolumeNames, fail
+from wbfuse.store.volume.names import fail
 from wbfuse.store.volume.nodes import Nodes
 from wbfuse.store.volume.objects import Objects
 from wbfuse.store.volume.packer import Compress, Pack, pack_rounds, whole
@@ -71,7 +73,7 @@ class Staged:
     extents: list[Extent] = field(default_factory=list)
 
 
-class VolumeData(VolumeNames):
+class VolumeData(VolumeClones):
     """Part of VolumeStore."""
 
     database: Database
@@ -81,6 +83,7 @@ class VolumeData(VolumeNames):
     frames: FrameCache
     pack_size: int
     compress: Compress | None
+    compactor: Compactor
 
     def _init_data(self, readahead: int) -> None:
         self.maps = Maps()
@@ -191,6 +194,38 @@ class VolumeData(VolumeNames):
 
     def _fetch_ahead(self, known: list[Extent], start: int, end: int) -> None:
         self.frames.prefetch([w for _, _, e in without_gaps(known, start, end) if e is not None for w in _wanted(e)])
+
+    def read_rows(self, rows: list[Extent], offset: int, buffer: memoryview) -> None:
+        """The bytes that these rows show, for compaction."""
+        plan = list(without_gaps(rows, offset, offset + len(buffer)))
+        found = self.frames.get([w for _, _, e in plan if e is not None for w in _wanted(e)])
+        for start, stop, extent in plan:
+            if extent is not None:
+                _copy(extent, found, buffer[start - offset : stop - offset])
+
+    def replace_rows(self, round_: Round, layer: int, start: int, end: int, before: list[Extent]) -> bool:
+        """Point a window of a layer at the staged bytes of `round_`, where its rows are still `before`."""
+        staged: Staged = round_.staged  # type: ignore[assignment]
+
+        def act(c: Connection) -> bool:
+            self.session.guard(c)
+            row = self._lock(c, [round_.ino]).get(round_.ino)
+            if row is None or row.layer != layer or rows_in(c, layer, start, end) != before:
+                return False
+            based = bool(layer_row(c, layer).base)
+            gone, come, live = overlay(before, whole(round_, staged.extents), based)
+            c.execute(_DROP_EXTENTS, [{"l": layer, "s": s} for s in gone])
+            c.execute(_ADD_EXTENTS, [_as_row(layer, e) for e in come])
+            self._count(c, live, {e.pack for e in staged.extents})
+            return True
+
+        try:
+            done = self.database.transact(act, durable=True)
+        except PacksGoneError:
+            return False
+        if done:
+            self.maps.changed(round_.ino, [(start, end)])
+        return done
 
     # staging
 
@@ -324,6 +359,8 @@ class VolumeData(VolumeNames):
         ranges = None if round_.lowest is not None else [(p.offset, p.offset + p.length) for p in round_.pieces]
         self.maps.changed(row.ino, ranges)
         self.nodes.learn(row)
+        if round_.pieces:
+            self.compactor.wrote(row.ino)
 
     @staticmethod
     def _count(c: Connection, live: dict[int, int], new: set[int]) -> None:
@@ -536,30 +573,22 @@ class VolumeData(VolumeNames):
         """Let `b` stand on what `a` stands on, up to offset + n. Answers their rows; none where that cannot be."""
         if not a.layer:
             return []
-        top = layer_row(c, a.layer)
-        empty = (
-            top.base and c.execute(select(extents.c.start).where(extents.c.layer == top.layer).limit(1)).first() is None
-        )
         end = offset + n
         if b.layer:
-            mine = layer_row(c, b.layer)
-            if not (empty and mine.base == top.base and mine.base_size == offset == b.size):
+            top, mine = layer_row(c, a.layer), layer_row(c, b.layer)
+            any_row = select(extents.c.start).where(extents.c.layer == top.layer).limit(1)
+            same = top.base and mine.base == top.base and mine.base_size == offset == b.size
+            if not same or c.execute(any_row).first() is not None:
                 return []
-            shown = min(end, top.base_size)
-            c.execute(update(layers).where(layers.c.layer == b.layer).values(base_size=max(offset, shown)))
+            shown = max(offset, min(end, top.base_size))
+            c.execute(update(layers).where(layers.c.layer == b.layer).values(base_size=shown))
             return [self._sized(c, b, b.layer, end, n * a.bytes // max(1, a.size), now)]
         if offset:
             return []
-        out = []
-        base, shown, depth = (top.base, top.base_size, top.depth) if empty else (top.layer, a.size, top.depth + 1)
-        if not empty:  # freeze what `a` has
-            c.execute(insert(layers).values(layer=spare, base=base, base_size=shown, users=1, depth=depth))
-            out.append(self._sized(c, a, spare, a.size, 0, None))
-        new = {"layer": spare + 1, "base": base, "base_size": min(shown, end), "users": 1, "depth": depth}
-        c.execute(insert(layers).values(new))
-        # The frozen layer had one user, `a`; now two layers stand on it. One that was frozen before gets one more.
-        c.execute(update(layers).where(layers.c.layer == base).values(users=layers.c.users + 1))
-        return [*out, self._sized(c, b, spare + 1, end, n * a.bytes // max(1, a.size), now)]
+        numbers = iter((spare, spare + 1))
+        own, new = share(c, a, end, lambda: next(numbers))
+        frozen = [self._sized(c, a, own, a.size, 0, None)] if own != a.layer else []
+        return [*frozen, self._sized(c, b, new, end, n * a.bytes // max(1, a.size), now)]
 
     @staticmethod
     def _sized(c: Connection, row: Any, layer: int, size: int, more: int, now: int | None) -> Any:

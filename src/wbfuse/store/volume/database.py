@@ -126,11 +126,14 @@ class Database:
     # transactions
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[Connection]:
-        """A connection for queries, one snapshot where the database has them. Raises OSError."""
+    def snapshot(self) -> Iterator[Connection]:
+        """A connection whose queries all see the same moment. Raises OSError."""
         try:
             with self._read.connect() as c:
-                yield c
+                if not self.sqlite:
+                    c.execution_options(isolation_level="REPEATABLE READ")
+                with c.begin():
+                    yield c
         except DBAPIError as e:
             raise _as_oserror(e) from e
 

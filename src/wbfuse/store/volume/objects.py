@@ -143,10 +143,11 @@ class Objects:
         self._store = open_backend(url, options or {})
         self._root = "/" + unquote(urlsplit(url).path).strip("/") if url.startswith("file:") else None
 
-    def put(self, key: str, buffers: Sequence[memoryview | bytes]) -> None:
-        """Make the object; durable when this returns. EEXIST where it is there."""
+    def put(self, key: str, buffers: Sequence[memoryview | bytes], replace: bool = False) -> None:
+        """Make the object; durable when this returns. EEXIST where it is there, unless it may be replaced."""
         with _told(key):
-            obstore.put(self._store, key, iter(buffers), mode="create", use_multipart=False)
+            mode: Any = "overwrite" if replace else "create"
+            obstore.put(self._store, key, iter(buffers), mode=mode, use_multipart=False)
             if self._root is not None:
                 self._persist(key)
 

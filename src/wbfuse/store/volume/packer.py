@@ -97,7 +97,7 @@ def frames_of(piece: Piece) -> Iterator[tuple[int, list[memoryview]]]:
 
 
 def pack_rounds(rounds: Sequence[Round], pack_size: int, compress: Compress | None) -> Iterator[Pack]:
-    """Packs of at most `pack_size` bytes and about the same size, each as soon as it is full. `whole` adds the holes."""
+    """Packs of at most `pack_size` bytes, all about the same, each as soon as it is full. `whole` adds the holes."""
     total = sum(p.length for r in rounds for p in r.pieces if p.buffers is not None)
     if total > pack_size:  # no tiny one at the end, which would cost as many round trips as the others
         pack_size = min(pack_size, -(-total // -(-total // pack_size)) + FRAME)

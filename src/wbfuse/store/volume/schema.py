@@ -130,6 +130,15 @@ sessions = Table(
 """Those that are alive: who fences one removes its row. Numbers are never used twice, so a session is its own epoch.
 `process`: boot id, pid and start time, so that a dead one on the same machine is known at once."""
 
+dumps = Table(
+    "dumps",
+    metadata,
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("made_ns", BigInteger, nullable=False),
+    Column("size", BigInteger, nullable=False),
+)
+"""Dumps of this database that are kept in the bucket. What they name is not collected."""
+
 leases = Table(
     "leases",
     metadata,

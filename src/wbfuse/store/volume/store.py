@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import func, insert, inspect, select
 
 from wbfuse.store.contract import ROOT_INO, Capabilities, SourceError, Store
+from wbfuse.store.volume.compact import Compactor
 from wbfuse.store.volume.data import MAX_SIZE, VolumeData
 from wbfuse.store.volume.database import Database, DatabaseError
 from wbfuse.store.volume.frames import DiskCache, FrameCache
@@ -56,6 +57,8 @@ class Tuning:
     cache_size: int = 10 << 30
     memory: int = 128 * MIB
     readahead: int = 32 * MIB
+    compact_rate: float = 20e6
+    """Bytes a second that compaction may take; 0: no compaction."""
 
 
 def read_settings(database: Database) -> dict[str, str]:
@@ -170,6 +173,7 @@ class VolumeStore(VolumeData, Store):
         self._init_names()
         self._init_data(min(tuning.readahead, tuning.memory // 4))
         self.reaper = Reaper(self.database, self.objects)
+        self.compactor = Compactor(self, tuning.compact_rate)
         self._statfs: tuple[float, int] = (-1e9, 0)
         self.nodes.learn(self._row_of_root(), lookups=1)
         inos, layers, numbers = self.database.query(lambda c: leftovers(c, 100_000))
@@ -188,6 +192,7 @@ class VolumeStore(VolumeData, Store):
         )  # fmt: skip
 
     def close(self) -> None:
+        self.compactor.close()
         self.reaper.close()
         self._close_data()
         self.session.close()

@@ -1,0 +1,141 @@
+"""Compaction: the map of a quiet file is brought back to few rows, and packs that are mostly dead are emptied.
+
+A window of a file whose map has many rows is read and written again as one extent, in a transaction that sees that
+nobody has changed the window meanwhile; else it is left for another time. Only the file's own layer is rewritten: what
+lies below is shared, and rewriting it would take its space twice.
+
+Thread: one, of the mount; between windows it sleeps so that it stays within its bandwidth.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import Connection, func, select
+
+from wbfuse.store.contract import Piece, Round
+from wbfuse.store.volume.layout import HOLE, Extent, without_gaps
+from wbfuse.store.volume.maps import WINDOW, rows_in
+from wbfuse.store.volume.schema import LIVE, extents, inodes, packs
+
+log = logging.getLogger(__name__)
+
+_QUIET = 10.0
+_SPARSE = 4
+"""A pack is emptied where less than one part in so many of it is live."""
+
+
+def crowded(c: Connection, layer: int, most: int) -> list[int]:
+    """Numbers of the windows of a layer that have more rows than `most`."""
+    number = extents.c.start / WINDOW if c.dialect.name == "sqlite" else func.div(extents.c.start, WINDOW)
+    n = number.label("n")
+    rows = select(n).where(extents.c.layer == layer, extents.c.pack != HOLE).group_by(n).having(func.count() > most)
+    return [int(r) for r in c.execute(rows.order_by(n)).scalars()]
+
+
+def sparse_inodes(c: Connection, limit: int) -> list[int]:
+    """Files that have bytes in packs that are mostly dead."""
+    thin = select(packs.c.pack).where(packs.c.state == LIVE, packs.c.live > 0, packs.c.live * _SPARSE < packs.c.size)
+    found = select(inodes.c.ino).join(extents, extents.c.layer == inodes.c.layer).where(extents.c.pack.in_(thin))
+    return list(c.execute(found.distinct().limit(limit)).scalars())
+
+
+class Compactor:
+    """Rewrites windows of files that were written here, once they are quiet. `rate`: bytes a second, 0 for never."""
+
+    def __init__(
+        self, store: Any, rate: float, quiet: float = _QUIET, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._store = store
+        self._rate = rate
+        self._quiet = quiet
+        self._clock = clock
+        self._lock = threading.Lock()
+        """Guards `_written`, for an instant."""
+        self._written: dict[int, float] = {}
+        self._ended = threading.Event()
+        self.bytes = 0
+        self._thread = threading.Thread(target=self._run, name="compactor", daemon=True)
+        if rate > 0:
+            self._thread.start()
+
+    def wrote(self, ino: int) -> None:
+        with self._lock:
+            self._written[ino] = self._clock()
+
+    def close(self) -> None:
+        self._ended.set()
+        if self._rate > 0:
+            self._thread.join()
+
+    def _due(self) -> list[int]:
+        with self._lock:
+            until = self._clock() - self._quiet
+            found = [ino for ino, at in self._written.items() if at <= until]
+            for ino in found:
+                del self._written[ino]
+        return found
+
+    def _run(self) -> None:
+        while not self._ended.wait(min(1.0, self._quiet / 4)):
+            for ino in self._due():
+                try:
+                    self.compact(ino)
+                except OSError as e:
+                    if e.errno not in (errno.ESTALE, errno.ENOENT):
+                        log.warning("compaction of node %d: %s", ino, e)
+                except Exception:
+                    log.exception("compaction of node %d", ino)
+
+    def compact(self, ino: int) -> int:
+        """Bring a file's map to few rows. Answers how many windows were rewritten."""
+        database = self._store.database
+        layer = database.query(
+            lambda c: c.execute(select(inodes.c.layer).where(inodes.c.ino == ino)).scalar_one_or_none()
+        )
+        if not layer:
+            return 0
+        most = max(1, WINDOW // self._store.pack_size)
+        done = 0
+        for number in database.query(lambda c: crowded(c, layer, most)):
+            if self._ended.is_set():
+                break
+            began = self._clock()
+            size = self._rewrite(ino, layer, number)
+            done += size > 0
+            self.bytes += size
+            if self._rate > 0:
+                self._ended.wait(max(0.0, size / self._rate - (self._clock() - began)))
+        return done
+
+    def _rewrite(self, ino: int, layer: int, number: int) -> int:
+        """One window. Answers the bytes written, 0 where it was left alone."""
+        store = self._store
+        start, end = number * WINDOW, (number + 1) * WINDOW
+        before: list[Extent] = store.database.query(lambda c: rows_in(c, layer, start, end))
+        pieces: list[Piece] = []
+        for a, b, extent in without_gaps(before, start, end):
+            if extent is None or extent.pack == HOLE:
+                continue
+            if pieces and pieces[-1].offset + pieces[-1].length == a:
+                pieces[-1].length += b - a
+            else:
+                pieces.append(Piece(a, b - a, []))
+        if len(pieces) >= len(before):
+            return 0  # holes between them: nothing would be gained
+        for piece in pieces:
+            buffer = memoryview(bytearray(piece.length))
+            store.read_rows(before, piece.offset, buffer)
+            piece.buffers = [buffer]
+        total = sum(p.length for p in pieces)
+        round_ = Round(ino, None, pieces, None)
+        store.stage([round_], lambda _n: None)
+        if store.replace_rows(round_, layer, start, end, before):
+            return total
+        store.unstage(round_)
+        return 0
