@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from sqlalchemy import select
 
 from wbfuse.store.contract import ROOT_INO, Owner, Piece, Round
@@ -29,14 +29,13 @@ from wbfuse.wire.constants import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE
 
 ME = Owner(0, 0)
 SPACE = 5 * FRAME
-offsets = st.integers(0, SPACE - 1)
+offsets = st.integers(0, SPACE - 1) | st.integers(0, 8).map(lambda n: n * FRAME // 2)
 lengths = st.one_of(st.integers(1, 9000), st.integers(1, 3 * FRAME))
+numbers = st.integers(0, 1000)
 quiet = Tuning(compact_rate=0, memory=1 << 20, readahead=0)
 
 
 class VolumeMachine(RuleBasedStateMachine):
-    files = Bundle("files")
-
     def __init__(self) -> None:
         super().__init__()
         self.path = Path(tempfile.mkdtemp(prefix="wbfuse-machine-", dir="/var/tmp"))
@@ -67,13 +66,25 @@ class VolumeMachine(RuleBasedStateMachine):
             return bytes(n)
         return os.urandom(1) * (n // 2) + os.urandom(n - n // 2) if self.fill % 2 else self.fill.to_bytes(4, "big") * n
 
-    @rule(target=files)
-    def create(self) -> int:
+    @rule()
+    @precondition(lambda self: len(self.model) < 5)
+    def create(self) -> None:
         self.count += 1
         name = b"f%d" % self.count
         ino, _ = self.store.create(ROOT_INO, name, 0o644, ME)
         self.model[ino], self.names[ino] = bytearray(), name
-        return ino
+
+    def _file(self, i: int) -> int:
+        if not self.model:
+            self.create()
+        return sorted(self.model)[i % len(self.model)]
+
+    def _two(self, i: int, j: int) -> tuple[int, int]:
+        while len(self.model) < 2:
+            self.create()
+        a = self._file(i)
+        b = sorted(self.model.keys() - {a})[j % (len(self.model) - 1)]
+        return a, b
 
     def _round(self, ino: int, writes: list[tuple[int, int, bool]], lowest: int | None) -> tuple[Round, bytearray]:
         after = bytearray(self.model[ino])
@@ -92,33 +103,30 @@ class VolumeMachine(RuleBasedStateMachine):
         return Round(ino, lowest, pieces, len(after), mtime_ns=self.fill), after
 
     @rule(
-        ino=files,
+        i=numbers,
         writes=st.lists(st.tuples(offsets, lengths, st.booleans()), max_size=4),
         lowest=st.none() | offsets,
         ahead=st.booleans(),
     )
-    def commit(self, ino: int, writes: list[tuple[int, int, bool]], lowest: int | None, ahead: bool) -> None:
-        if ino not in self.model:
-            return
+    def commit(self, i: int, writes: list[tuple[int, int, bool]], lowest: int | None, ahead: bool) -> None:
+        ino = self._file(i)
         round_, after = self._round(ino, writes, lowest)
         if ahead:
             self.store.stage([round_], lambda _n: None)
         self.store.commit([round_], lambda _n: None)
         self.model[ino] = after
 
-    @rule(a=files, b=files, write=st.tuples(offsets, lengths, st.booleans()))
-    def commit_two_together(self, a: int, b: int, write: tuple[int, int, bool]) -> None:
-        if a == b or a not in self.model or b not in self.model:
-            return
+    @rule(i=numbers, j=numbers, write=st.tuples(offsets, lengths, st.booleans()))
+    def commit_two_together(self, i: int, j: int, write: tuple[int, int, bool]) -> None:
+        a, b = self._two(i, j)
         rounds = [self._round(ino, [write], None) for ino in (a, b)]
         self.store.commit([r for r, _ in rounds], lambda _n: None)
         for ino, (_, after) in zip((a, b), rounds, strict=True):
             self.model[ino] = after
 
-    @rule(ino=files, write=st.tuples(offsets, lengths, st.booleans()), where=st.sampled_from(["put", "transact"]))
-    def a_commit_that_fails_changes_nothing(self, ino: int, write: tuple[int, int, bool], where: str) -> None:
-        if ino not in self.model:
-            return
+    @rule(i=numbers, write=st.tuples(offsets, lengths, st.booleans()), where=st.sampled_from(["put", "transact"]))
+    def a_commit_that_fails_changes_nothing(self, i: int, write: tuple[int, int, bool], where: str) -> None:
+        ino = self._file(i)
         round_, _ = self._round(ino, [write], 7)
 
         def broken(*_: Any, **__: Any) -> None:
@@ -134,31 +142,28 @@ class VolumeMachine(RuleBasedStateMachine):
         finally:
             delattr(owner, where)
 
-    @rule(ino=files, offset=offsets, length=lengths)
-    def punch(self, ino: int, offset: int, length: int) -> None:
-        if ino not in self.model:
-            return
+    @rule(i=numbers, offset=offsets, length=lengths)
+    def punch(self, i: int, offset: int, length: int) -> None:
+        ino = self._file(i)
         self.store.fallocate(ino, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, offset, length)
         model = self.model[ino]
         end = min(len(model), offset + length)
         if offset < end:
             model[offset:end] = bytes(end - offset)
 
-    @rule(target=files, ino=files)
-    def clone(self, ino: int) -> int:
+    @rule(i=numbers)
+    @precondition(lambda self: 0 < len(self.model) < 7)
+    def clone(self, i: int) -> None:
         self.count += 1
         name = b"f%d" % self.count
-        if ino not in self.model:
-            return self.create()
+        ino = self._file(i)
         new = self.store.clone(ino, ROOT_INO, name)
         assert self.store.lookup(ROOT_INO, name)[0] == new
         self.model[new], self.names[new] = bytearray(self.model[ino]), name
-        return new
 
-    @rule(a=files, b=files, offset=offsets, to=offsets, length=lengths)
-    def copy(self, a: int, b: int, offset: int, to: int, length: int) -> None:
-        if a not in self.model or b not in self.model or a == b:
-            return
+    @rule(i=numbers, j=numbers, offset=offsets, to=offsets, length=lengths)
+    def copy(self, i: int, j: int, offset: int, to: int, length: int) -> None:
+        a, b = self._two(i, j)
         n = self.store.copy_range(a, offset, b, to, length)
         part = self.model[a][offset : offset + length]
         assert n == len(part)
@@ -167,38 +172,37 @@ class VolumeMachine(RuleBasedStateMachine):
             model.extend(bytes(max(0, to + n - len(model))))
             model[to : to + n] = part
 
-    @rule(a=files, b=files, cut=offsets)
-    def copy_whole_in_two_calls(self, a: int, b: int, cut: int) -> None:
-        """As cp(1) does with files that are larger than one call takes."""
-        if a not in self.model or b not in self.model or a == b:
-            return
+    @rule(i=numbers, j=numbers, cut=offsets, whole=st.booleans())
+    def copy_from_the_start(self, i: int, j: int, cut: int, whole: bool) -> None:
+        """As cp(1) does with files that are larger than one call takes; or a part only, and then the file grows."""
+        a, b = self._two(i, j)
         self.store.truncate(b, 0)
         done = 0
-        for n in (cut, SPACE * 2):
+        for n in (cut, SPACE * 2) if whole else (cut,):
             if n:
                 done += self.store.copy_range(a, done, b, done, n)
-        assert done == len(self.model[a])
-        self.model[b] = bytearray(self.model[a])
+        wanted = self.model[a] if whole else self.model[a][:cut]
+        assert done == len(wanted)
+        if not whole:
+            self.store.truncate(b, SPACE)
+        self.model[b] = wanted + bytes(0 if whole else SPACE - len(wanted))
 
-    @rule(ino=files)
-    def unlink(self, ino: int) -> None:
-        if ino not in self.model:
-            return
+    @rule(i=numbers)
+    def unlink(self, i: int) -> None:
+        ino = self._file(i)
         assert self.store.unlink(ROOT_INO, self.names[ino]) == (ino, 0)
         del self.model[ino], self.names[ino]
 
-    @rule(a=files, b=files)
-    def rename_over(self, a: int, b: int) -> None:
-        if a == b or a not in self.model or b not in self.model:
-            return
+    @rule(i=numbers, j=numbers)
+    def rename_over(self, i: int, j: int) -> None:
+        a, b = self._two(i, j)
         self.store.rename(ROOT_INO, self.names[a], ROOT_INO, self.names[b], 0)
         self.names[a] = self.names.pop(b)
         del self.model[b]
 
-    @rule(ino=files)
-    def compact(self, ino: int) -> None:
-        if ino not in self.model:
-            return
+    @rule(i=numbers)
+    def compact(self, i: int) -> None:
+        ino = self._file(i)
         self.store.compactor.compact(ino)
 
     @rule()
@@ -226,7 +230,9 @@ class VolumeMachine(RuleBasedStateMachine):
             assert self.store.getattr(ino).size == len(wanted)
 
     def everything_is_whole(self) -> None:
-        problems = check(self.store.database, self.store.objects, self.store.settings["compress"], True, lambda *_: None)
+        problems = check(
+            self.store.database, self.store.objects, self.store.settings["compress"], True, lambda *_: None
+        )
         assert [p.text for p in problems] == []
 
     def a_rebuilt_volume_shows_the_same(self) -> None:
@@ -252,4 +258,4 @@ class VolumeMachine(RuleBasedStateMachine):
 
 
 TestVolumeMachine = VolumeMachine.TestCase
-TestVolumeMachine.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestVolumeMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)

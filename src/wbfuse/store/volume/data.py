@@ -315,6 +315,8 @@ class VolumeData(VolumeClones):
         try:
             self._commit_staged(rounds)
         except PacksGoneError:
+            with self._stock_lock:
+                self._stock.clear()  # whoever took these may have taken those as well
             for round_ in rounds:
                 round_.staged = None
             raise OSError(errno.EAGAIN, "packs of this round were collected; it must be staged again") from None
@@ -403,14 +405,14 @@ class VolumeData(VolumeClones):
         wide = [e for e in changes if e.pack == HOLE and e.length > WINDOW]
         for e in wide:  # rows inside go without being read
             held += self._clear(c, layer, e.start, e.end, live)
-        keep_holes = bool(base.base)
-        if keep_holes:  # beyond what the base shows no row is needed
-            changes = [cut(e, 0, base.base_size) if e.pack == HOLE else e for e in changes
-                       if e.pack != HOLE or e.start < base.base_size]  # fmt: skip
-        else:
+        based = bool(base.base)
+        if not based:
             changes = [e for e in changes if e not in wide]
         old = rows_touched(c, layer, _merged(changes), self.database.sqlite)
-        gone, come, used = overlay(old, changes, keep_holes)
+        gone, come, used = overlay(old, changes, based)
+        # Beyond what the base shows a hole needs no row.
+        come = [cut(e, 0, base.base_size) if e.pack == HOLE else e for e in come
+                if e.pack != HOLE or e.start < base.base_size]  # fmt: skip
         if gone:
             c.execute(_DROP_EXTENTS, [{"l": layer, "s": s} for s in gone])
         if come:
