@@ -32,8 +32,7 @@ _SPARSE = 4
 
 def crowded(c: Connection, layer: int, most: int) -> list[int]:
     """Numbers of the windows of a layer that have more rows than `most`."""
-    number = extents.c.start / WINDOW if c.dialect.name == "sqlite" else func.div(extents.c.start, WINDOW)
-    n = number.label("n")
+    n = (extents.c.start // WINDOW).label("n")
     rows = select(n).where(extents.c.layer == layer, extents.c.pack != HOLE).group_by(n).having(func.count() > most)
     return [int(r) for r in c.execute(rows.order_by(n)).scalars()]
 
