@@ -10,7 +10,7 @@ from wbfuse import __version__
 from wbfuse.cli.mount import mount
 from wbfuse.cli.status import status
 from wbfuse.cli.umount import sync, umount
-from wbfuse.cli.volume import format_command
+from wbfuse.cli.volume import check, clone, dump, format_command, gc, load, snapshot
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -25,7 +25,7 @@ def cli() -> None:
     """
 
 
-for _command in (mount, umount, sync, status, format_command):
+for _command in (mount, umount, sync, status, format_command, clone, snapshot, check, gc, dump, load):
     cli.add_command(_command)
 
 

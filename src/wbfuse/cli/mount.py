@@ -82,14 +82,25 @@ def default_log_size() -> int:
     show_default=True,
     help="Volumes: how long a mount may be silent before another takes over.",
 )
+@click.option(
+    "--compact-rate",
+    type=RATE,
+    default="20MB/s",
+    show_default=True,
+    help="Volumes: bandwidth for bringing quiet, fragmented files together again.",
+)
+@click.option(
+    "--dump-interval", type=TIME, default="1h", show_default=True, help="Volumes: how often a dump goes to the bucket."
+)
 @click.option("--foreground", "-f", is_flag=True, help="Stay in the foreground; Ctrl-C unmounts.")
 @click.option("--debug-wire", is_flag=True, help="Log one line for each request and reply of the kernel.")
 def mount(
     source: str, mountpoint: str, policy: str, kernel_cache: str | None, log_size: int | None, on_close: str,
     dirty_expire: float, bwlimit: float | None, slow: Shape | None, read_only: bool, options: tuple[str, ...],
     endpoint: str | None, access_key: str | None, secret_key: str | None, profile: str | None,
-    store_option: tuple[str, ...], cache_dir: str | None, cache_size: int, session_timeout: float, foreground: bool,
-    debug_wire: bool,
+    store_option: tuple[str, ...], cache_dir: str | None, cache_size: int, session_timeout: float,
+    compact_rate: float,
+    dump_interval: float, foreground: bool, debug_wire: bool,
 ) -> None:  # fmt: skip
     """Mount SOURCE on the directory MOUNTPOINT with a write-back cache between them.
 
@@ -126,7 +137,7 @@ def mount(
             spec.tuning = {
                 "options": collect_options(endpoint, access_key, secret_key, profile, store_option),
                 "cache_dir": os.path.abspath(cache_dir) if cache_dir else None, "cache_size": cache_size,
-                "session_timeout": session_timeout,
+                "session_timeout": session_timeout, "compact_rate": compact_rate, "dump_interval": dump_interval,
             }  # fmt: skip
     except KNOWN as e:
         raise click.UsageError(str(e)) from e

@@ -7,6 +7,7 @@ The process lives on after the kernel has let go until everything is durable, or
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -24,7 +25,7 @@ from wbfuse.filesystem.store_fs import StoreFileSystem
 from wbfuse.journal import Journal
 from wbfuse.session.mount import MountError, find_mount, is_busy, max_pages_limit, tune_bdi, unmount
 from wbfuse.session.serve import Options, attach, detach
-from wbfuse.store.contract import Store
+from wbfuse.store.contract import ROOT_INO, Store
 from wbfuse.store.directory import DirectoryStore
 from wbfuse.store.shaped import Shape, shaped
 from wbfuse.wire.negotiate import PAGE
@@ -97,7 +98,8 @@ class Mount:
         self.lost = 0
         """Bytes that were given up at the end."""
         self.journal = Journal()
-        store, self._meter = shaped(open_store(spec, self.journal), spec.shape)
+        self._store: Any = open_store(spec, self.journal)
+        store, self._meter = shaped(self._store, spec.shape)
         self.cache: WritebackCache | None = None
         self.engine: Engine | None = None
         try:
@@ -115,7 +117,12 @@ class Mount:
             self.tuned = self._tune()
             self._control = ControlServer(
                 paths.socket_path(self.path),
-                {"status": self._do_status, "sync": self._do_sync, "umount": self._do_umount},
+                {
+                    "status": self._do_status,
+                    "sync": self._do_sync,
+                    "umount": self._do_umount,
+                    "clone": self._do_clone,
+                },
             )
         except BaseException:
             detach(self.session, self.path)
@@ -300,6 +307,23 @@ class Mount:
     def _do_sync(self, _request: Message) -> Iterator[Message]:
         for left in self._barrier():
             yield {"left": left}
+        yield {"done": True}
+
+    def _do_clone(self, request: Message) -> Iterator[Message]:
+        """Clone `source` as `target`, both paths below the mount point, after what was written is durable."""
+        if not self.spec.is_volume:
+            raise OSError(errno.EOPNOTSUPP, "only volumes can clone")
+        for left in self._barrier():
+            yield {"left": left}
+        store = self._store
+        source = store.find(os.fsencode(request["source"]))
+        parent, _, name = os.fsencode(request["target"]).rpartition(b"/")
+        home = store.find(parent or b".")
+        try:
+            store.clone(source, home, name, home if source == ROOT_INO else 0)
+        finally:
+            store.forget(source)
+            store.forget(home)
         yield {"done": True}
 
     def _do_umount(self, request: Message) -> Iterator[Message]:

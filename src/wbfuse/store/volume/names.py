@@ -130,6 +130,17 @@ class VolumeNames:
         self.nodes.listed(parent, stamp, [(name, row)])
         return row.ino, self.nodes.learn(row, lookups=1)
 
+    def find(self, path: bytes) -> int:
+        """The inode at a path below the root, symlinks not followed, with a reference. ENOENT."""
+        at = ROOT_INO
+        for name in path.split(b"/"):
+            if name in (b"", b"."):
+                continue
+            above, (at, _) = at, self.lookup(at, name)
+            if above != ROOT_INO:
+                self.forget(above)
+        return at
+
     def forget(self, ino: int, nlookup: int = 1) -> None:
         if self.nodes.forget(ino, nlookup):
             self.removed(ino)

@@ -19,6 +19,7 @@ from wbfuse.store.volume.compact import Compactor
 from wbfuse.store.volume.data import MAX_SIZE, VolumeData
 from wbfuse.store.volume.database import Database, DatabaseError
 from wbfuse.store.volume.frames import DiskCache, FrameCache
+from wbfuse.store.volume.housekeeping import Housekeeper
 from wbfuse.store.volume.names import MOVES
 from wbfuse.store.volume.nodes import Nodes
 from wbfuse.store.volume.objects import Objects, ObjectsError, explain
@@ -59,6 +60,7 @@ class Tuning:
     readahead: int = 32 * MIB
     compact_rate: float = 20e6
     """Bytes a second that compaction may take; 0: no compaction."""
+    dump_interval: float = 3600.0
 
 
 def read_settings(database: Database) -> dict[str, str]:
@@ -174,6 +176,7 @@ class VolumeStore(VolumeData, Store):
         self._init_data(min(tuning.readahead, tuning.memory // 4))
         self.reaper = Reaper(self.database, self.objects)
         self.compactor = Compactor(self, tuning.compact_rate)
+        self.housekeeper = Housekeeper(self.database, self.objects, tuning.dump_interval)
         self._statfs: tuple[float, int] = (-1e9, 0)
         self.nodes.learn(self._row_of_root(), lookups=1)
         inos, layers, numbers = self.database.query(lambda c: leftovers(c, 100_000))
@@ -192,6 +195,7 @@ class VolumeStore(VolumeData, Store):
         )  # fmt: skip
 
     def close(self) -> None:
+        self.housekeeper.close()
         self.compactor.close()
         self.reaper.close()
         self._close_data()

@@ -1,0 +1,57 @@
+"""What a mount does for its volume at intervals: collect garbage, and keep a dump in the bucket."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+from sqlalchemy import func, select
+
+from wbfuse.store.volume.admin.dump import dump_to_bucket
+from wbfuse.store.volume.admin.gc import collect
+from wbfuse.store.volume.database import Database
+from wbfuse.store.volume.objects import Objects
+from wbfuse.store.volume.schema import dumps, inodes
+
+log = logging.getLogger(__name__)
+
+GC_SECONDS = 60.0
+
+
+class Housekeeper:
+    """One thread. `dump_interval`: seconds between dumps where anything changed; 0 for none."""
+
+    def __init__(self, database: Database, objects: Objects, dump_interval: float) -> None:
+        self._database = database
+        self._objects = objects
+        self._dump_interval = dump_interval
+        self._dumped: tuple[int, int] | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="housekeeper", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(GC_SECONDS):
+            try:
+                self._dump()
+                collect(self._database, self._objects)
+            except Exception as e:  # noqa: BLE001 - it will be tried again
+                log.warning("housekeeping: %s", e)
+
+    def _dump(self) -> None:
+        """Dump, where the last one is old and something has changed since this mount made one."""
+        if not self._dump_interval:
+            return
+        newest = self._database.query(lambda c: c.execute(select(func.max(dumps.c.made_ns))).scalar_one())
+        if newest is not None and time.time_ns() - newest < self._dump_interval * 1e9:
+            return
+        state = select(func.count(), func.coalesce(func.sum(inodes.c.version), 0)).select_from(inodes)
+        count, versions = self._database.query(lambda c: c.execute(state).one())
+        if self._dumped != (count, versions):
+            log.info("dumped to %s", dump_to_bucket(self._database, self._objects))
+            self._dumped = count, versions
