@@ -55,6 +55,7 @@ class StoreFileSystem(FileSystem):
         self, store: Store, direct_io: bool = False, wait_on_close: bool = True, journal: Journal | None = None
     ) -> None:
         self.store = store
+        self.attr_timeout = store.capabilities.attr_timeout
         self.direct_io = direct_io
         self.wait_on_close = wait_on_close
         self._journal = journal or Journal()
@@ -83,7 +84,7 @@ class StoreFileSystem(FileSystem):
 
     def _entry(self, found: Found) -> Entry:
         ino, attr = found
-        return Entry(ino, self.shown(ino, attr))
+        return Entry(ino, self.shown(ino, attr), 0, self.attr_timeout, self.attr_timeout)
 
     @staticmethod
     def _owner(request: Request) -> Owner:
@@ -202,20 +203,23 @@ class StoreFileSystem(FileSystem):
 
     # open files
 
-    @property
-    def _open_flags(self) -> int:
-        return FOPEN_DIRECT_IO if self.direct_io else FOPEN_KEEP_CACHE
+    def _open_flags(self, ino: int) -> int:
+        """Also has the store look at what other hosts have done to the file."""
+        same = self.store.opened(ino)
+        return FOPEN_DIRECT_IO if self.direct_io else FOPEN_KEEP_CACHE if same else 0
 
     def open(self, request: Request, flags: int, open_flags: int) -> Opened:
         ino = request.nodeid
         if open_flags & OPEN_KILL_SUIDGID:
             self._kill_suid(ino)
-        return Opened(self._open(ino, flags), self._open_flags)
+        return Opened(self._open(ino, flags), self._open_flags(ino))
 
     def _open(self, ino: int, flags: int) -> int:
         """A handle that holds the file."""
         self.store.hold(ino)
         try:
+            if writable(flags):
+                self.store.acquire(ino)
             return self.handles.open(ino, writable(flags))[0]
         except OSError:
             self.store.drop(ino)
@@ -231,7 +235,7 @@ class StoreFileSystem(FileSystem):
         return self._created(found, flags)
 
     def _created(self, found: Found, flags: int) -> tuple[Entry, Opened]:
-        return self._entry(found), Opened(self._open(found[0], flags), self._open_flags)
+        return self._entry(found), Opened(self._open(found[0], flags), self._open_flags(found[0]))
 
     def tmpfile(self, request: Request, flags: int, mode: int, umask: int) -> tuple[Entry, Opened]:
         return self._created(self.store.tmpfile(request.nodeid, mode, self._owner(request)), flags)

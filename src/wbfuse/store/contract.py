@@ -7,6 +7,7 @@ Every method may be called from several threads and may block, except where it s
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,13 @@ from dataclasses import dataclass, field
 from wbfuse.wire.types import Attr, Dirent, Statfs
 
 ROOT_INO = 1
+
+
+class FencedError(OSError):
+    """Another host has taken over: nothing that this mount still has can ever be committed. An EIO for applications."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(errno.EIO, why)
 
 
 class SourceError(Exception):
@@ -38,6 +46,10 @@ class Capabilities:
     """`stage` brings bytes to the store ahead of their commit, for several rounds of a file at once."""
     group_bytes: int = 0
     """Rounds of many files with so many bytes together are best committed in one call; 0: one by one."""
+    clones: bool = False
+    """`copy_range` moves no bytes, so it is worth committing first what is not committed yet."""
+    attr_timeout: float = 1.0
+    """Seconds for which the kernel may believe attributes and names."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -183,6 +195,20 @@ class Store(ABC):
     @abstractmethod
     def drop(self, ino: int) -> None:
         """Undo one `hold`."""
+
+    def opened(self, ino: int) -> bool:
+        """Somebody opens the file: what other hosts have committed is seen from here on (close-to-open).
+
+        Answers whether what the kernel has cached of it is still true.
+        """
+        return True
+
+    def acquire(self, ino: int) -> None:  # noqa: B027 - only shared stores have leases
+        """The file is about to be written here. EBUSY where another host writes it; ends with the last hold."""
+
+    def path_of(self, ino: int) -> str:
+        """A path of the file, for people; empty where nobody knows."""
+        return ""
 
     @abstractmethod
     def read(self, ino: int, offset: int, buffer: memoryview, nowait: bool = False) -> int:

@@ -93,7 +93,9 @@ class Compactor:
 
     def compact(self, ino: int) -> int:
         """Bring a file's map to few rows. Answers how many windows were rewritten."""
-        database = self._store.database
+        database, leases = self._store.database, self._store.leases
+        if leases is not None and ino not in leases:
+            return 0  # its next writer will
         layer = database.query(
             lambda c: c.execute(select(inodes.c.layer).where(inodes.c.ino == ino)).scalar_one_or_none()
         )

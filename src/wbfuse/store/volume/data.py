@@ -25,7 +25,7 @@ from wbfuse.store.volume.database import Database
 from wbfuse.store.volume.frames import FrameCache, Place, Wanted
 from wbfuse.store.volume.layout import HOLE, Extent, cut, decode_frames, overlay, pack_key, without_gaps
 from wbfuse.store.volume.maps import WINDOW, Maps, layer_row, resolve, rows_in, rows_touched
-from wbfuse.store.volume.names import fail
+from wbfuse.store.volume.names import fail, path_of
 from wbfuse.store.volume.nodes import Nodes
 from wbfuse.store.volume.objects import Objects
 from wbfuse.store.volume.packer import Compress, Pack, pack_rounds, whole
@@ -104,8 +104,33 @@ class VolumeData(VolumeClones):
         self.nodes.hold(ino)
 
     def drop(self, ino: int) -> None:
-        if self.nodes.drop(ino):
+        dies = self.nodes.drop(ino)
+        if self.leases is not None and not self.nodes.held(ino):
+            self.leases.release(ino)
+        if dies:
             self.removed(ino)
+
+    def opened(self, ino: int) -> bool:
+        if self.leases is None:
+            return True
+        self._ask(ino)
+        return self.nodes.opened(ino)
+
+    def acquire(self, ino: int) -> None:
+        if self.leases is not None and self.leases.acquire(ino):
+            self._ask(ino)
+
+    def changed_elsewhere(self, ino: int) -> None:
+        self.maps.changed(ino, None)
+
+    def path_of(self, ino: int) -> str:
+        return path_of(self.database, ino)
+
+    def _may_write(self, c: Connection, inos: Iterable[int]) -> None:
+        """The first statements of a change to bytes. Raises FencedError."""
+        self.session.guard(c)
+        if self.leases is not None:
+            self.leases.guard(c, inos)
 
     # reading
 
@@ -208,7 +233,7 @@ class VolumeData(VolumeClones):
         staged: Staged = round_.staged  # type: ignore[assignment]
 
         def act(c: Connection) -> bool:
-            self.session.guard(c)
+            self._may_write(c, [round_.ino])
             row = self._lock(c, [round_.ino]).get(round_.ino)
             if row is None or row.layer != layer or rows_in(c, layer, start, end) != before:
                 return False
@@ -327,7 +352,7 @@ class VolumeData(VolumeClones):
         ordered = sorted(enumerate(rounds), key=lambda item: item[1].ino)
 
         def act(c: Connection) -> list[Any]:
-            self.session.guard(c)
+            self._may_write(c, [r.ino for r in rounds])
             found = self._lock(c, [r.ino for r in rounds])
             live: dict[int, int] = {}
             out = []
@@ -452,6 +477,7 @@ class VolumeData(VolumeClones):
         """Commit a change that somebody waits for."""
         round_.mtime_ns = time.time_ns()
         self.nodes.known(round_.ino)
+        self.acquire(round_.ino)
         self.commit([round_], lambda _n: None)
 
     def write(self, ino: int, offset: int, data: Buffer) -> None:
@@ -539,11 +565,12 @@ class VolumeData(VolumeClones):
         """Rows are copied, never bytes; a whole file, or what continues one, becomes a layer (`_share`)."""
         self.nodes.known(source)
         self.nodes.known(target)
+        self.acquire(target)
         spare = self.session.ids(2)
         now = time.time_ns()
 
         def act(c: Connection) -> Any:
-            self.session.guard(c)
+            self._may_write(c, [target])
             found = self._lock(c, [source, target])
             a, b = found.get(source), found.get(target)
             if a is None or b is None:

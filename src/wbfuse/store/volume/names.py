@@ -18,6 +18,7 @@ from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
 from wbfuse.store.contract import ROOT_INO, Change, Found, Owner
 from wbfuse.store.volume.database import Database, RacedError
+from wbfuse.store.volume.leases import Leases, holder_of
 from wbfuse.store.volume.nodes import Nodes
 from wbfuse.store.volume.schema import dentries, inodes, orphans, settings, xattrs
 from wbfuse.store.volume.sessions import Session
@@ -90,6 +91,8 @@ class VolumeNames:
     database: Database
     session: Session
     nodes: Nodes
+    leases: Leases | None
+    """None where the mount has the whole volume."""
 
     def _init_names(self) -> None:
         self._unsynced = threading.Event()
@@ -148,12 +151,22 @@ class VolumeNames:
     def _row(self, ino: int) -> Any:
         """The inode's row, asked for where it may have changed elsewhere. ESTALE."""
         row = self.nodes.fresh(ino)
+        return self._ask(ino) if row is None else row
+
+    def _ask(self, ino: int) -> Any:
+        """The inode's row from the database. ESTALE."""
+        row = self.database.query(lambda c: c.execute(_INODE, {"i": ino}).first())
         if row is None:
-            row = self.database.query(lambda c: c.execute(_INODE, {"i": ino}).first())
-            if row is None:
-                raise fail(errno.ESTALE)
-            self.nodes.learn(row)
+            raise fail(errno.ESTALE)
+        before = self.nodes.version(ino)
+        self.nodes.learn(row)
+        if before != row.version:
+            self.changed_elsewhere(ino)
         return row
+
+    def changed_elsewhere(self, ino: int) -> None:
+        """Another host has changed a file. (data)"""
+        raise NotImplementedError
 
     def getattr(self, ino: int, nowait: bool = False) -> Attr:
         row = self.nodes.fresh(ino)
@@ -299,7 +312,9 @@ class VolumeNames:
         """One name less for the file of `row`."""
         row = c.execute(_RELINK, {"i": row.ino, "links": -1, "t": now, "above": 0}).one()
         if row.nlink == 0:
-            c.execute(_ADD_ORPHAN, {"ino": row.ino, "session": self.session.number})
+            # Who writes it on another host still has it open: it is his to remove.
+            writer = holder_of(c, row.ino) if self.leases is not None else 0
+            c.execute(_ADD_ORPHAN, {"ino": row.ino, "session": writer or self.session.number})
         return row
 
     def _remove_directory(self, c: Connection, row: Any) -> Any:
@@ -459,6 +474,8 @@ class VolumeNames:
             values["mode"] = inodes.c.mode.op("&")(~0o7777).op("|")(stat.S_IMODE(change.mode))
 
         def act(c: Connection) -> Any:
+            if self.leases is not None and holder_of(c, ino) not in (0, self.session.number):
+                raise fail(errno.EBUSY)
             row = c.execute(update(inodes).where(inodes.c.ino == ino).values(values).returning(*inodes.c)).first()
             if row is None:
                 raise fail(errno.ESTALE)
@@ -513,3 +530,15 @@ class VolumeNames:
         if row is None:
             raise fail(errno.ESTALE)
         return row
+
+
+def path_of(database: Database, ino: int) -> str:
+    """One path of an inode, for people."""
+    parts: list[str] = []
+    while ino != ROOT_INO and len(parts) < 100:
+        e = database.query(lambda c, ino=ino: c.execute(select(dentries).where(dentries.c.ino == ino)).first())  # type: ignore[misc]
+        if e is None:
+            return "?/" + "/".join(reversed(parts))
+        parts.append(bytes(e.name).decode(errors="backslashreplace"))
+        ino = e.parent
+    return "/" + "/".join(reversed(parts))

@@ -31,6 +31,8 @@ class Node:
     seen_at: float
     lookups: int = 0
     holds: int = 0
+    opened: int = 0
+    """The version of its row when it was last opened."""
     gone: bool = False
     """It has neither names nor opens, and is being removed."""
 
@@ -96,6 +98,19 @@ class Nodes:
             node = self.known(ino)
             return node.row if self._fresh(node.seen_at) else None
 
+    def version(self, ino: int) -> int:
+        """The version of the newest row seen, 0 for none."""
+        node = self._nodes.get(ino)
+        return 0 if node is None else int(node.row.version)
+
+    def opened(self, ino: int) -> bool:
+        """Whether the row is the same as when this was last asked."""
+        with self.lock:
+            node = self.known(ino)
+            same: bool = node.opened == node.row.version
+            node.opened = node.row.version
+            return same
+
     def forget(self, ino: int, nlookup: int) -> bool:
         """Give references back. Whether the last went from a file without names, which must be removed now."""
         with self.lock:
@@ -130,6 +145,11 @@ class Nodes:
                 else:
                     self._spare[ino] = None
             return dies
+
+    def held(self, ino: int) -> bool:
+        with self.lock:
+            node = self._nodes.get(ino)
+            return node is not None and node.holds > 0
 
     def unnamed(self, ino: int) -> bool:
         """The last name of a file went. Whether it must be removed now, because nobody has it open."""

@@ -24,14 +24,14 @@ _INODES = 256
 _ROWS = 4096
 
 
-def remove_inodes(c: Connection, inos: list[int]) -> list[int]:
-    """Forget orphans. Answers the layers that nobody stands on now."""
+def remove_inodes(c: Connection, inos: list[int], session: int = 0) -> list[int]:
+    """Forget orphans of `session`, or of sessions that are over. Answers the layers that nobody stands on now."""
+    mine = (orphans.c.session == session) | orphans.c.session.not_in(select(sessions.c.session))
+    theirs = select(orphans.c.ino).where(orphans.c.ino.in_(inos), mine)
     gone = c.execute(
-        delete(inodes)
-        .where(inodes.c.ino.in_(inos), inodes.c.nlink == 0, inodes.c.ino.in_(select(orphans.c.ino)))
-        .returning(inodes.c.ino, inodes.c.layer)
+        delete(inodes).where(inodes.c.ino.in_(theirs), inodes.c.nlink == 0).returning(inodes.c.ino, inodes.c.layer)
     ).all()
-    c.execute(delete(orphans).where(orphans.c.ino.in_(inos)))
+    c.execute(delete(orphans).where(orphans.c.ino.in_([g.ino for g in gone])))
     c.execute(delete(xattrs).where(xattrs.c.ino.in_([g.ino for g in gone])))
     return leave_layers(c, [g.layer for g in gone if g.layer])
 
@@ -85,8 +85,9 @@ def delete_packs(database: Database, objects: Objects, numbers: list[int]) -> in
 class Reaper:
     """`put` inodes and packs; a thread removes them. What fails is left for gc."""
 
-    def __init__(self, database: Database, objects: Objects) -> None:
+    def __init__(self, database: Database, objects: Objects, session: int) -> None:
         self._database = database
+        self._session = session
         self._objects = objects
         self._queue: SimpleQueue[tuple[str, list[int]] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="reaper", daemon=True)
@@ -128,7 +129,7 @@ class Reaper:
         dead = batch["layers"]
         for i in range(0, len(batch["inodes"]), _INODES):
             some = batch["inodes"][i : i + _INODES]
-            dead += self._database.transact(lambda c, some=some: remove_inodes(c, some))  # type: ignore[misc]
+            dead += self._database.transact(lambda c, some=some: remove_inodes(c, some, self._session))  # type: ignore[misc]
         while dead and not self._ended.is_set():
             layer = dead[-1]
             ended, more = self._database.transact(lambda c, layer=layer: remove_rows(c, layer))  # type: ignore[misc]

@@ -6,7 +6,6 @@ says when it is worth trying to remove somebody else's.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import socket
@@ -16,6 +15,7 @@ from collections.abc import Callable
 
 from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
+from wbfuse.store.contract import FencedError
 from wbfuse.store.volume.database import Database
 from wbfuse.store.volume.schema import counters, leases, sessions
 
@@ -85,6 +85,8 @@ class Session:
         self.fenced = threading.Event()
         self._lock = threading.Lock()
         self._next = self._end = 0
+        self._seen: dict[int, tuple[int, float]] = {}
+        """The beat of other sessions, and since when it stands there."""
         self._closed = threading.Event()
         self.number = self._take(waiting)
         self._thread = threading.Thread(target=self._beat_loop, name="heartbeat", daemon=True)
@@ -146,7 +148,7 @@ class Session:
         """The first statement of every change. Raises EIO where this session was fenced."""
         if c.execute(_GUARD, {"s": self.number}).first() is None:
             self.fenced.set()
-            raise OSError(errno.EIO, "this mount was fenced: another host has taken the volume over")
+            raise FencedError("this mount was fenced: another host has taken the volume over")
 
     def ids(self, n: int = 1) -> int:
         """The first of `n` numbers that nobody else gets."""
@@ -159,6 +161,27 @@ class Session:
             self._next += n
             return first
 
+    def silent(self, session: int) -> bool:
+        """Whether another session has not moved for a timeout, or its process is known to be dead."""
+        row = self._database.query(lambda c: c.execute(select(sessions).where(sessions.c.session == session)).first())
+        if row is None or is_dead(row.process):
+            return True
+        now = time.monotonic()
+        with self._lock:
+            since: float
+            beat, since = self._seen.get(session, (row.beat, now))
+            if beat != row.beat:
+                since = now
+            self._seen[session] = row.beat, since
+        return now - since > self.timeout
+
+    def _watch_others(self) -> None:
+        others = self._database.query(
+            lambda c: list(c.execute(select(sessions.c.session).where(sessions.c.session != self.number)).scalars())
+        )
+        for session in others:
+            self.silent(session)
+
     def _beat_loop(self) -> None:
         mine = sessions.c.session == self.number
         beat = update(sessions).where(mine).values(beat=sessions.c.beat + 1)
@@ -169,6 +192,8 @@ class Session:
                         log.error("this mount was fenced: another host has taken the volume over")
                     self.fenced.set()
                     return
+                if self.shared:
+                    self._watch_others()
             except OSError as e:
                 log.warning("heartbeat: %s", e.strerror)
 

@@ -20,6 +20,7 @@ from wbfuse.store.volume.data import MAX_SIZE, VolumeData
 from wbfuse.store.volume.database import Database, DatabaseError
 from wbfuse.store.volume.frames import DiskCache, FrameCache
 from wbfuse.store.volume.housekeeping import Housekeeper
+from wbfuse.store.volume.leases import Leases
 from wbfuse.store.volume.names import MOVES
 from wbfuse.store.volume.nodes import Nodes
 from wbfuse.store.volume.objects import Objects, ObjectsError, explain
@@ -52,6 +53,7 @@ class Tuning:
     options: dict[str, str] = field(default_factory=dict)
     """Of the object store: endpoint, region, access_key_id, secret_access_key, profile ..."""
     shared: bool = False
+    lease_wait: float = 0.0
     session_timeout: float = 20.0
     attr_timeout: float = 1.0
     cache_dir: str | None = None
@@ -172,9 +174,13 @@ class VolumeStore(VolumeData, Store):
             disk = DiskCache(os.path.join(tuning.cache_dir, self.settings["uuid"]), tuning.cache_size)
         self.frames = FrameCache(self.objects, self.settings["compress"], tuning.memory, disk)
         self.nodes = Nodes(tuning.attr_timeout if tuning.shared else None)
+        self._attr_timeout = tuning.attr_timeout
+        self.leases = None
+        if tuning.shared:
+            self.leases = Leases(self.database, self.session, tuning.lease_wait, self.removed)
         self._init_names()
         self._init_data(min(tuning.readahead, tuning.memory // 4))
-        self.reaper = Reaper(self.database, self.objects)
+        self.reaper = Reaper(self.database, self.objects, self.session.number)
         self.compactor = Compactor(self, tuning.compact_rate)
         self.housekeeper = Housekeeper(self.database, self.objects, tuning.dump_interval)
         self._statfs: tuple[float, int] = (-1e9, 0)
@@ -191,12 +197,14 @@ class VolumeStore(VolumeData, Store):
     def capabilities(self) -> Capabilities:
         return Capabilities(
             atomic_commit=True, preferred_piece=self.pack_size, max_file_size=MAX_SIZE, stages=True,
-            group_bytes=self.pack_size,
+            group_bytes=self.pack_size, clones=True, attr_timeout=self._attr_timeout,
         )  # fmt: skip
 
     def close(self) -> None:
         self.housekeeper.close()
         self.compactor.close()
+        if self.leases is not None:
+            self.leases.close()
         self.reaper.close()
         self._close_data()
         self.session.close()

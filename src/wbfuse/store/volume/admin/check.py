@@ -19,6 +19,7 @@ from sqlalchemy import Connection, Select, and_, case, func, insert, select, upd
 from wbfuse.store.contract import ROOT_INO
 from wbfuse.store.volume.database import Database
 from wbfuse.store.volume.layout import HOLE, MAX_EXTENT, decode_frames, pack_key
+from wbfuse.store.volume.names import path_of
 from wbfuse.store.volume.objects import Objects
 from wbfuse.store.volume.packer import CorruptFrameError, open_frame
 from wbfuse.store.volume.schema import LIVE, dentries, extents, inodes, layers, orphans, packs
@@ -258,18 +259,6 @@ def _who_loses(database: Database, pack: int) -> list[str]:
         who = f"inode {ino} ({path_of(database, ino)})" if ino is not None else f"frozen layer {layer}"
         out.append(f"{n} bytes of {who} between {low} and {high}")
     return out
-
-
-def path_of(database: Database, ino: int) -> str:
-    """One path of an inode, for people."""
-    parts: list[str] = []
-    while ino != ROOT_INO and len(parts) < 100:
-        e = database.query(lambda c, ino=ino: c.execute(select(dentries).where(dentries.c.ino == ino)).first())  # type: ignore[misc]
-        if e is None:
-            return "?/" + "/".join(reversed(parts))
-        parts.append(bytes(e.name).decode(errors="backslashreplace"))
-        ino = e.parent
-    return "/" + "/".join(reversed(parts))
 
 
 def _data(
