@@ -2,8 +2,8 @@
 
     python -m bench.slowlink LISTEN TARGET MBIT DELAY_MS
 
-LISTEN is a port on 127.0.0.1, TARGET another one. What a connection may have on the way is bounded, so that one large
-upload does not hold up the small requests of others more than a real router would.
+LISTEN is a port on 127.0.0.1 or ADDRESS:PORT, TARGET a port on 127.0.0.1. What a connection may have on the
+way is bounded, so that one large upload does not hold up the small requests of others more than a real router would.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Direction:
             await landing
 
 
-async def serve(listen: int, target: int, rate: float, delay: float) -> None:
+async def serve(listen: str, target: int, rate: float, delay: float) -> None:
     out, back = Direction(rate, delay), Direction(rate, delay)
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -81,7 +81,8 @@ async def serve(listen: int, target: int, rate: float, delay: float) -> None:
             writer.close()
             back_there.close()
 
-    server = await asyncio.start_server(connected, "127.0.0.1", listen, limit=_CHUNK)
+    address, _, port = listen.rpartition(":")
+    server = await asyncio.start_server(connected, address or "127.0.0.1", int(port), limit=_CHUNK)
     async with server:
         await server.serve_forever()
 
@@ -89,4 +90,4 @@ async def serve(listen: int, target: int, rate: float, delay: float) -> None:
 if __name__ == "__main__":
     listen, target, mbit, delay = sys.argv[1:]
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve(int(listen), int(target), float(mbit) * 125_000, float(delay) / 1000))
+        asyncio.run(serve(listen, int(target), float(mbit) * 125_000, float(delay) / 1000))

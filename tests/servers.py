@@ -38,13 +38,13 @@ def free_ports(n: int) -> list[int]:
     return found
 
 
-def wait_for_port(port: int, process: subprocess.Popen[bytes] | None = None) -> None:
+def wait_for_port(port: int, process: subprocess.Popen[bytes] | None = None, address: str = "127.0.0.1") -> None:
     until = time.monotonic() + _PATIENCE
     while time.monotonic() < until:
         if process is not None and process.poll() is not None:
             raise RuntimeError(f"the server ended with {process.returncode}")
         try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
+            socket.create_connection((address, port), 1).close()
             return
         except OSError:
             time.sleep(0.05)  # nothing tells when a foreign server is ready

@@ -76,6 +76,26 @@ def default_log_size() -> int:
 )
 @click.option("--cache-size", type=SIZE, default="10GiB", show_default=True, help="Volumes: most bytes in --cache.")
 @click.option(
+    "--shared",
+    is_flag=True,
+    help="Volumes: let other hosts mount it too, with a lease for each file that is written here. "
+    "Means --kernel-cache writethrough.",
+)
+@click.option(
+    "--lease-wait",
+    type=TIME,
+    default="0s",
+    show_default=True,
+    help="Volumes: how long open(2) waits for a file that another host is writing, before EBUSY.",
+)
+@click.option(
+    "--attr-timeout",
+    type=TIME,
+    default="1s",
+    show_default=True,
+    help="Shared volumes: after this the changes of other hosts are seen in files that are open.",
+)
+@click.option(
     "--session-timeout",
     type=TIME,
     default="20s",
@@ -98,7 +118,8 @@ def mount(
     source: str, mountpoint: str, policy: str, kernel_cache: str | None, log_size: int | None, on_close: str,
     dirty_expire: float, bwlimit: float | None, slow: Shape | None, read_only: bool, options: tuple[str, ...],
     endpoint: str | None, access_key: str | None, secret_key: str | None, profile: str | None,
-    store_option: tuple[str, ...], cache_dir: str | None, cache_size: int, session_timeout: float,
+    store_option: tuple[str, ...], cache_dir: str | None, cache_size: int, shared: bool, lease_wait: float,
+    attr_timeout: float, session_timeout: float,
     compact_rate: float,
     dump_interval: float, foreground: bool, debug_wire: bool,
 ) -> None:  # fmt: skip
@@ -115,7 +136,13 @@ def mount(
         inside = _absolute(source) if volume else os.path.realpath(source)
         if not volume and os.path.commonpath([path, inside]) == inside and os.path.isdir(inside):
             raise MountError(f"{path}: lies inside {inside}; the mount would serve itself; choose another directory")
-        cache, message = choose(policy, kernel_cache, os.geteuid() == 0)
+        if shared and not volume:
+            raise PolicyError("--shared is for volumes; a directory has one mount")
+        if shared and kernel_cache == "writeback":
+            raise PolicyError("--shared and --kernel-cache writeback exclude each other: the kernel would keep other "
+                              "hosts' changes from being seen")  # fmt: skip
+        wanted = kernel_cache or ("writethrough" if shared else None)
+        cache, message = choose(policy, wanted, os.geteuid() == 0)
         make_runtime_dir()
         if message:
             click.echo(f"wbfuse: {message}", err=True)
@@ -137,6 +164,7 @@ def mount(
             spec.tuning = {
                 "options": collect_options(endpoint, access_key, secret_key, profile, store_option),
                 "cache_dir": os.path.abspath(cache_dir) if cache_dir else None, "cache_size": cache_size,
+                "shared": shared, "lease_wait": lease_wait, "attr_timeout": attr_timeout,
                 "session_timeout": session_timeout, "compact_rate": compact_rate, "dump_interval": dump_interval,
             }  # fmt: skip
     except KNOWN as e:

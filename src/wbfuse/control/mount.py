@@ -25,10 +25,11 @@ from wbfuse.filesystem.store_fs import StoreFileSystem
 from wbfuse.journal import Journal
 from wbfuse.session.mount import MountError, find_mount, is_busy, max_pages_limit, tune_bdi, unmount
 from wbfuse.session.serve import Options, attach, detach
-from wbfuse.store.contract import ROOT_INO, Store
+from wbfuse.store.contract import ROOT_INO, Piece, Store
 from wbfuse.store.directory import DirectoryStore
 from wbfuse.store.shaped import Shape, shaped
 from wbfuse.wire.negotiate import PAGE
+from wbfuse.writeback import quarantine
 from wbfuse.writeback.cache import WritebackCache
 from wbfuse.writeback.engine import Engine
 from wbfuse.writeback.limits import MAX_PAUSE
@@ -138,6 +139,7 @@ class Mount:
         kernel_dirty = self._kernel_share() if os.geteuid() == 0 else kernel_dirty_share()
         self.cache = WritebackCache(store, spec.log_size, max_write, kernel_dirty)
         self.engine = Engine(self.cache, spec.dirty_expire)
+        self.engine.keep = self._set_aside
         self.engine.start()
         outer = self
 
@@ -148,6 +150,16 @@ class Mount:
 
         kernel_writeback = spec.kernel_cache == "writeback"
         return Draining(store, self.cache, self.engine, kernel_writeback, direct, wait, self.journal)
+
+    def _set_aside(self, ino: int, size: int, rounds: list[list[Piece]]) -> None:
+        """Dirty data of a file that another host has taken over goes to quarantine."""
+        try:
+            path = self._store.path_of(ino)
+        except OSError:
+            path = ""  # the database may be just what cannot be reached
+        directory = quarantine.default_directory()
+        name = quarantine.keep(directory, self.spec.name, ino, path, size, rounds)
+        log.error("%s: what was not committed is kept in quarantine; see: wbfuse recover %s", path or ino, name)
 
     def _kernel_share(self) -> int:
         return max(4 * MIB, self.spec.log_size // 8)
@@ -266,6 +278,7 @@ class Mount:
             "kernel_cache": spec.kernel_cache,
             "on_close": spec.on_close,
             "read_only": spec.read_only,
+            "shared": bool(spec.tuning.get("shared")),
             "started": self.started,
             "worker": {"pid": os.getpid()},
             "dirty_bytes": 0,

@@ -150,6 +150,10 @@ class CachedFileSystem(StoreFileSystem):
             if not request.blocking:
                 raise WouldBlock
             return super().setattr(request, change)
+        # Other hosts see it at their next open, but no close of this file will come.
+        at_once = bool(valid & FATTR_SIZE) and not f.opens and self.store.capabilities.shared
+        if at_once and not request.blocking:
+            raise WouldBlock
         if valid & FATTR_SIZE:
             if change.size > MAX_OFFSET:
                 raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
@@ -162,6 +166,8 @@ class CachedFileSystem(StoreFileSystem):
             self._kill_suid(ino)
         if valid & (FATTR_MODE | FATTR_UID | FATTR_GID):
             self.changed(ino, self.store.setattr(ino, wanted))
+        if at_once:
+            self._commit_now(ino)
         return f.shown()
 
     @staticmethod

@@ -5,6 +5,7 @@ It keeps the open table and nothing else; the store counts the references that e
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -17,6 +18,7 @@ from wbfuse.filesystem.api import Buffer, EntryMaker, FileSystem, Parked, Reques
 from wbfuse.filesystem.handles import OpenTable
 from wbfuse.journal import Journal, Kind
 from wbfuse.store.contract import Change, Found, Owner, Store
+from wbfuse.wire import replies
 from wbfuse.wire import requests as wire
 from wbfuse.wire.constants import (
     FATTR_ATIME,
@@ -205,8 +207,11 @@ class StoreFileSystem(FileSystem):
 
     def _open_flags(self, ino: int) -> int:
         """Also has the store look at what other hosts have done to the file."""
-        same = self.store.opened(ino)
-        return FOPEN_DIRECT_IO if self.direct_io else FOPEN_KEEP_CACHE if same else 0
+        if not self.store.opened(ino):
+            with contextlib.suppress(FileNotFoundError):  # it may not know the file yet
+                self.notify(replies.notify_inval_inode(ino, -1)).result()  # the size that it believes
+            return FOPEN_DIRECT_IO if self.direct_io else 0
+        return FOPEN_DIRECT_IO if self.direct_io else FOPEN_KEEP_CACHE
 
     def open(self, request: Request, flags: int, open_flags: int) -> Opened:
         ino = request.nodeid

@@ -48,6 +48,8 @@ class Capabilities:
     """Rounds of many files with so many bytes together are best committed in one call; 0: one by one."""
     clones: bool = False
     """`copy_range` moves no bytes, so it is worth committing first what is not committed yet."""
+    shared: bool = False
+    """Other hosts change it too."""
     attr_timeout: float = 1.0
     """Seconds for which the kernel may believe attributes and names."""
 

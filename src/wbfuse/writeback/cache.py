@@ -18,7 +18,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from wbfuse.store.contract import Store
+from wbfuse.store.contract import FencedError, Store
 from wbfuse.wire.types import Attr
 from wbfuse.writeback.extents import HOLE
 from wbfuse.writeback.file import STORE, FileCache, Generation
@@ -47,7 +47,8 @@ class File:
     """What the cache holds of one file: the pure FileCache and what surrounds it."""
 
     __slots__ = (
-        "attr", "attr_version", "bare", "copying", "core", "error", "error_sequence", "failures", "ino", "opens",
+        "attr", "attr_version", "bare", "copying", "core", "error", "error_sequence", "failures", "fenced", "ino",
+        "opens",
         "retry_at", "synced", "syncing", "unlinked", "version", "waiters",
     )  # fmt: skip
 
@@ -75,6 +76,8 @@ class File:
         self.synced = 0
         """The version that the store has made durable."""
         self.unlinked = False
+        self.fenced = False
+        """Another host has it now: nothing more can be committed, and nothing more is taken."""
 
     def shown(self) -> Attr:
         """The attributes as stat must show them."""
@@ -268,6 +271,8 @@ class WritebackCache:
         n = len(data)
         if offset + n > self.max_file_size:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        if f.fenced:
+            raise FencedError("another host writes this file now")
         log_ = self.log
 
         def take(place: int) -> None:
@@ -327,6 +332,8 @@ class WritebackCache:
 
     def _change(self, f: File, change: Callable[[File], None], wait: bool) -> None:
         """Do `change`, which raises LogFull before it has changed anything, to the state of a file."""
+        if f.fenced:
+            raise FencedError("another host writes this file now")
 
         def act() -> None:
             g = self._adopt(f.ino, f.attr)  # it may have been let go, also while this waited

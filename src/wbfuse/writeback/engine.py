@@ -17,7 +17,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 
-from wbfuse.store.contract import Round
+from wbfuse.store.contract import FencedError, Piece, Round
 from wbfuse.writeback.cache import File, WritebackCache
 from wbfuse.writeback.file import Generation, plan
 
@@ -54,6 +54,8 @@ class Engine:
         """Called, from a committer, when the store's measured bandwidth has changed by a third."""
         self.on_room: Callable[[], None] | None = None
         """Called, from the pacer, when WRITEs that found no room may be sent again."""
+        self.keep: Callable[[int, int, list[list[Piece]]], None] | None = None
+        """Called, from a committer, with (ino, size, pieces of each generation) of a file that was fenced."""
         self._told = 0.0
         self._watchers = 0
         """Committers that sleep with a time to wake."""
@@ -269,6 +271,12 @@ class Engine:
         """Give rounds to the store, one by one where they fail together. Answers the errors, by ino."""
         try:
             self.cache.store.commit(rounds, self._progress)
+        except FencedError as e:
+            log.error("%d files can not be committed any more: %s", len(rounds), e.strerror)
+            with self.cache.lock:
+                for r in rounds:
+                    self.cache.files[r.ino].fenced = True
+            return {r.ino: errno.EIO for r in rounds}
         except OSError as e:
             if len(rounds) == 1 or e.errno in TRANSIENT:
                 return {r.ino: e.errno or errno.EIO for r in rounds}
@@ -365,6 +373,7 @@ class Engine:
         """The round of `g` (or, where None, a sync alone) has ended; it was the `last` of its commit."""
         cache = self.cache
         answers: list[Callable[[], None]] = []
+        fenced = False
         with cache.lock:
             self._at_work -= last
             self._carried.pop(f.ino, None)
@@ -378,6 +387,7 @@ class Engine:
                     self.rounds += 1
             if error:
                 answers += self._failed(f, error)
+                fenced = f.fenced and not any(g.staging for g in f.core.generations)
             else:
                 f.failures = 0
                 if f.synced == f.version:  # else somebody began to wait during the commit: a sync of its own follows
@@ -391,10 +401,33 @@ class Engine:
             forget = cache._forgettable(f)
             cache.room.notify_all()
             cache.paced.notify()
+        if fenced:
+            self._set_aside(f)
         for answer in answers:
             answer()
         if forget:
             cache.drop(f.ino)
+
+    def _set_aside(self, f: File) -> None:
+        """Put what can never be committed where it can be found again. While that fails the log keeps it."""
+        cache = self.cache
+        with cache.lock:
+            f.core.seal()
+            gone = list(f.core.generations)
+            f.syncing = True  # nobody else takes it up meanwhile
+        if self.keep is None or not gone:
+            return
+        try:
+            self.keep(f.ino, f.core.size, [plan(g.extents, 1 << 30, cache.log.view) for g in gone])
+        except OSError:
+            log.exception("node %d is fenced, and what it has could not be set aside; trying again", f.ino)
+            gone = []
+        with cache.lock:
+            f.syncing = False
+            if gone:
+                cache._release(f.core.discard())
+                cache.failing.pop(f.ino, None)
+            cache.room.notify_all()
 
     def _failed(self, f: File, error: int) -> list[Callable[[], None]]:
         """Held: lock. Keep the data, note the error, try again later. Answers the replies to send."""

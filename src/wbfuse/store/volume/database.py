@@ -36,6 +36,8 @@ _RACES = ("40001", "40P01")
 _TRIES = 20
 _CONNECT_SECONDS = 10
 _BUSY_SECONDS = 60
+_IDLE_SECONDS = 10
+"""After so long without a word inside a transaction the database gives it up."""
 
 
 class DatabaseError(Exception):
@@ -107,7 +109,9 @@ class Database:
 
     @staticmethod
     def _postgres(url: URL) -> Engine:
-        options = "-c synchronous_commit=off -c default_transaction_isolation=read\\ committed"
+        # A host that is cut off in mid-transaction must not keep its locks: it could never be fenced.
+        options = f"-c idle_in_transaction_session_timeout={_IDLE_SECONDS}s -c tcp_user_timeout={_IDLE_SECONDS}s "
+        options += "-c synchronous_commit=off -c default_transaction_isolation=read\\ committed"
         arguments = {
             "connect_timeout": _CONNECT_SECONDS, "options": options, "keepalives_idle": 10, "keepalives_interval": 5,
             "keepalives_count": 3, "tcp_user_timeout": 30_000,

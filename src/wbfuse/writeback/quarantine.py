@@ -1,0 +1,114 @@
+"""Where dirty data goes that can never be committed: this mount was fenced, and another host writes the file now.
+
+A directory of entries, each a sparse file `data` with the bytes at their offsets and a `manifest.json` that says what
+they are. An entry is there whole or not at all: it is made under a temporary name and renamed after fsync.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from wbfuse.store.contract import Piece
+
+_MANIFEST, _DATA = "manifest.json", "data"
+
+
+def default_directory() -> str:
+    """Below XDG_STATE_HOME, which is /var/lib for root where it is not set."""
+    home = "/var/lib" if os.geteuid() == 0 else os.path.expanduser("~/.local/state")
+    base = os.environ.get("XDG_STATE_HOME") or home
+    return os.path.join(base, "wbfuse", "quarantine")
+
+
+@dataclass(slots=True)
+class Kept:
+    """One entry: `ranges` are the (start, end) of bytes that were written, holes included."""
+
+    name: str
+    path: str
+    manifest: dict[str, Any]
+
+    @property
+    def data(self) -> str:
+        return os.path.join(self.path, _DATA)
+
+
+def keep(directory: str, source: str, ino: int, path: str, size: int, rounds: Iterable[list[Piece]]) -> str:
+    """Keep the pieces of `rounds`, oldest first. Answers the entry's name. Raises OSError."""
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{ino}-{secrets.token_hex(3)}"
+    making = os.path.join(directory, f".{name}")
+    os.mkdir(making, 0o700)
+    ranges: list[tuple[int, int]] = []
+    try:
+        fd = os.open(os.path.join(making, _DATA), os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            os.ftruncate(fd, size)
+            for pieces in rounds:
+                for piece in pieces:
+                    ranges.append((piece.offset, piece.offset + piece.length))
+                    _write(fd, piece)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        manifest = {
+            "source": source, "ino": ino, "path": path, "size": size, "ranges": _merged(ranges),
+            "kept_at": time.time(),
+        }  # fmt: skip
+        with open(os.path.join(making, _MANIFEST), "w", encoding="utf-8") as out:
+            json.dump(manifest, out)
+            out.flush()
+            os.fsync(out.fileno())
+        os.rename(making, os.path.join(directory, name))
+    except BaseException:
+        shutil.rmtree(making, ignore_errors=True)
+        raise
+    parent = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
+    return name
+
+
+def _write(fd: int, piece: Piece) -> None:
+    at = piece.offset
+    for buffer in piece.buffers if piece.buffers is not None else [memoryview(bytes(piece.length))]:
+        done = 0
+        while done < len(buffer):
+            done += os.pwrite(fd, buffer[done:], at + done)
+        at += len(buffer)
+
+
+def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    out: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if out and start <= out[-1][1]:
+            out[-1] = out[-1][0], max(out[-1][1], end)
+        else:
+            out.append((start, end))
+    return out
+
+
+def entries(directory: str) -> list[Kept]:
+    """What is kept, oldest first."""
+    if not os.path.isdir(directory):
+        return []
+    out = []
+    for name in sorted(os.listdir(directory)):
+        if not name.startswith("."):
+            path = os.path.join(directory, name)
+            with open(os.path.join(path, _MANIFEST), encoding="utf-8") as f:
+                out.append(Kept(name, path, json.load(f)))
+    return out
+
+
+def discard(kept: Kept) -> None:
+    shutil.rmtree(kept.path)
