@@ -8,7 +8,7 @@ APT := python3-venv fuse3 libfuse3-dev pkg-config gcc libc6-dev fio e2fsprogs mo
 
 setup: $(VENV)/.done
 
-$(VENV)/.debian:
+$(VENV)/.debian: Makefile
 	@mkdir -p $(VENV)
 	@for p in $(APT); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$p"; done; \
 	if [ -n "$$missing" ]; then \

@@ -112,7 +112,7 @@ def s3_server(directory: Path, bucket: str = "bucket") -> Iterator[S3]:
     identity = {
         "name": "test",
         "credentials": [{"accessKey": S3_KEY, "secretKey": S3_SECRET}],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        "actions": [f"{what}:{bucket}" for what in ("Read", "Write", "List", "Tagging")],
     }
     (directory / "s3.json").write_text(json.dumps({"identities": [identity]}))
     (directory / "data").mkdir(exist_ok=True)

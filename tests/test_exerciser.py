@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Mounter, needs_mount
+from tests.conftest import Mounter, needs_mount, wbfuse
 from wbfuse.testing.fsx import Mismatch, exercise
 
 OPERATIONS = int(os.environ.get("WBFUSE_FSX_OPERATIONS", "20000"))
@@ -42,6 +42,26 @@ def test_exerciser(mounter: Mounter, kind: str) -> None:
     assert sum(done.values()) == OPERATIONS
     m.umount()
     assert not list(m.source.iterdir())
+
+
+@needs_mount
+@pytest.mark.parametrize("kind", ["writeback", "writeback, small rounds", "kernel off"])
+def test_exerciser_on_a_volume(mounter: Mounter, volume: str, kind: str) -> None:
+    m = mounter(*KINDS[kind], source=volume)
+    done = exercise(str(m.path), OPERATIONS // 2, seed=20121117)
+    assert sum(done.values()) == OPERATIONS // 2
+    m.umount()
+    assert wbfuse("check", volume, "--data").stdout == "0 problems\n"
+
+
+@needs_mount
+def test_exerciser_on_postgres_and_s3(mounter: Mounter, postgres_meta: str, s3_url: str) -> None:
+    wbfuse("format", postgres_meta, "--data", s3_url, "--compress", "lz4", check=True)
+    m = mounter("--dirty-expire", "100ms", "--on-close", "background", source=postgres_meta)
+    done = exercise(str(m.path), OPERATIONS // 4, seed=20121118)
+    assert sum(done.values()) == OPERATIONS // 4
+    m.umount()
+    assert wbfuse("check", postgres_meta, "--data").stdout == "0 problems\n"
 
 
 @needs_mount

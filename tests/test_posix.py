@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Mounted, Mounter, needs_mount
+from tests.conftest import Mounted, Mounter, needs_mount, wbfuse
 from wbfuse.testing import posix
 
 pytestmark = needs_mount
@@ -46,3 +46,25 @@ def test_mount_passes_the_whole_table(mounter: Mounter, kind: str) -> None:
     assert not failed
     mounted.umount()
     assert not list(mounted.source.iterdir()), "something was left in the store"
+
+
+VOLUMES = {
+    "writeback": (),
+    "kernel-off": ("--kernel-cache", "off"),
+    "writethrough": ("--policy", "writethrough"),
+    "shared": ("--shared",),
+}
+
+
+@pytest.mark.parametrize("kind", VOLUMES)
+def test_volume_passes_the_whole_table(mounter: Mounter, volume: str, kind: str) -> None:
+    mounted = mounter(*VOLUMES[kind], source=volume)
+    failed = {}
+    for name in posix.CHECKS:
+        try:
+            posix.run(str(mounted.path), name)
+        except (AssertionError, OSError) as e:
+            failed[name] = str(e)
+    assert not failed
+    mounted.umount()
+    assert wbfuse("check", volume, "--data").stdout == "0 problems\n"

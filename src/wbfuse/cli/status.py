@@ -67,7 +67,8 @@ def _show(one: dict[str, Any]) -> None:
     table = Table(title=f"{one['source']} on {one['mountpoint']}", show_header=False, title_justify="left")
     negotiated, log, store = one["negotiated"], one["log"], one["store"]
     rows = {
-        "policy": f"{one['policy']}, kernel cache {one['kernel_cache']}, on close {one['on_close']}",
+        "policy": f"{one['policy']}, kernel cache {one['kernel_cache']}, on close {one['on_close']}"
+        + (", shared (a lease for each file that is written)" if one.get("shared") else ""),
         "kernel": f"FUSE {negotiated.get('protocol')}, requests up to {show_size(negotiated.get('max_write', 0))}, "
         + " ".join(negotiated.get("capabilities", [])),
         "dirty": f"{show_size(one['dirty_bytes'])} in {one.get('dirty_files', 0)} files",

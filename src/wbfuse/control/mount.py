@@ -289,7 +289,8 @@ class Mount:
             "requests": self.session.requests(),
             "answers": self.session.answers(),
             "bdi": self.tuned,
-            "store": {"bytes_written": self._meter.bytes_written, "writes": self._meter.writes},
+            "store": {"bytes_written": self._meter.bytes_written, "writes": self._meter.writes}
+            | self._store.counters(),
         }
         if agreement is not None:
             out["negotiated"] = {

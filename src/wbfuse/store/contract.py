@@ -208,6 +208,10 @@ class Store(ABC):
     def acquire(self, ino: int) -> None:  # noqa: B027 - only shared stores have leases
         """The file is about to be written here. EBUSY where another host writes it; ends with the last hold."""
 
+    def counters(self) -> dict[str, int]:
+        """What status shows of the store itself."""
+        return {}
+
     def path_of(self, ino: int) -> str:
         """A path of the file, for people; empty where nobody knows."""
         return ""

@@ -1,5 +1,8 @@
 """The database of a volume: engines, transactions, and what their failures mean.
 
+Names: on SQLite a power cut may take those that were not synced, as on any local file system. A PostgreSQL that crashes
+leaves this machine and its log alive, so there every transaction is durable by PostgreSQL's own rules.
+
 A transaction is a function of a connection; one that lost a race is run again, so it must not have effects elsewhere.
 Errors leave as OSError: ETIMEDOUT where the database is not there (waited out by write-back), EIO else.
 
@@ -111,7 +114,7 @@ class Database:
     def _postgres(url: URL) -> Engine:
         # A host that is cut off in mid-transaction must not keep its locks: it could never be fenced.
         options = f"-c idle_in_transaction_session_timeout={_IDLE_SECONDS}s -c tcp_user_timeout={_IDLE_SECONDS}s "
-        options += "-c synchronous_commit=off -c default_transaction_isolation=read\\ committed"
+        options += "-c default_transaction_isolation=read\\ committed"
         arguments = {
             "connect_timeout": _CONNECT_SECONDS, "options": options, "keepalives_idle": 10, "keepalives_interval": 5,
             "keepalives_count": 3, "tcp_user_timeout": 30_000,

@@ -125,10 +125,11 @@ sessions = Table(
     Column("shared", Boolean, nullable=False),
     Column("host", String, nullable=False),
     Column("process", String, nullable=False),
-    Column("started_ns", BigInteger, nullable=False),
+    Column("timeout_ms", Integer, nullable=False),
 )
 """Those that are alive: who fences one removes its row. Numbers are never used twice, so a session is its own epoch.
-`process`: boot id, pid and start time, so that a dead one on the same machine is known at once."""
+`timeout_ms`: how long it may stand still before others may take it for dead. `process`: boot id, pid and start
+time, so that a dead one on the same machine is known at once."""
 
 dumps = Table(
     "dumps",

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
@@ -43,8 +44,10 @@ def _process(pid: int) -> str:
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as f:
         boot = f.read().strip()
     with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
-        started = f.read().rpartition(")")[2].split()[19]
-    return f"{boot}:{pid}:{started}"
+        fields = f.read().rpartition(")")[2].split()
+    if fields[0] in "ZX":
+        raise ProcessLookupError(f"process {pid} has ended, and nobody has asked how")
+    return f"{boot}:{pid}:{fields[19]}"
 
 
 def is_dead(process: str) -> bool:
@@ -72,7 +75,8 @@ def fence(c: Connection, session: int) -> None:
 class Session:
     """A session of `database`, taken by the constructor: alone, or with others where all are `shared`.
 
-    Raises VolumeBusyError where somebody alive has it. `timeout`: seconds after which one that does not move is dead.
+    Raises VolumeBusyError where somebody alive has it. `timeout`: seconds without a beat after which others may take
+    this one for dead.
     Lock: `_lock` guards the numbers in stock; a transaction may run under it.
     """
 
@@ -114,7 +118,7 @@ class Session:
         c.execute(select(counters).where(counters.c.name == "session").with_for_update())  # one enters at a time
         for row in c.execute(select(sessions)):
             if not (self.shared and row.shared):
-                raise _InTheWayError(row.session, row.beat, row.shared, row.host, row.process)
+                raise _InTheWayError(row)
         number = take_ids(c, 1)
         c.execute(
             insert(sessions).values(
@@ -123,15 +127,15 @@ class Session:
                 shared=self.shared,
                 host=socket.gethostname(),
                 process=this_process(),
-                started_ns=time.time_ns(),
+                timeout_ms=int(self.timeout * 1000),
             )
         )  # fmt: skip
         return number
 
     def _watch(self, holder: _InTheWayError, waiting: Callable[[str], None]) -> str:
         """Whether the holder moves within a timeout, as a non-empty string."""
-        waiting(f"the volume was in use by {holder.host}; waiting {self.timeout:.0f} s to see whether it lives")
-        until = time.monotonic() + self.timeout
+        waiting(f"the volume was in use by {holder.host}; waiting {holder.timeout:.0f} s to see whether it lives")
+        until = time.monotonic() + holder.timeout
         beat = select(sessions.c.beat).where(sessions.c.session == holder.session)
         while time.monotonic() < until:
             now = self._database.query(lambda c: c.execute(beat).scalar_one_or_none())
@@ -139,7 +143,7 @@ class Session:
                 return ""
             if now != holder.beat:
                 return "moves"
-            self._closed.wait(min(0.5, self.timeout / _BEATS))
+            self._closed.wait(min(0.5, holder.timeout / _BEATS))
         return ""
 
     # being
@@ -173,7 +177,7 @@ class Session:
             if beat != row.beat:
                 since = now
             self._seen[session] = row.beat, since
-        return now - since > self.timeout
+        return bool(now - since > row.timeout_ms / 1000)
 
     def _watch_others(self) -> None:
         others = self._database.query(
@@ -208,6 +212,9 @@ class Session:
 
 
 class _InTheWayError(Exception):
-    def __init__(self, session: int, beat: int, shared: bool, host: str, process: str) -> None:
-        super().__init__(session)
-        self.session, self.beat, self.shared, self.host, self.process = session, beat, shared, host, process
+    def __init__(self, row: Any) -> None:
+        super().__init__(row.session)
+        self.session, self.beat, self.shared, self.host, self.process = (
+            row.session, row.beat, row.shared, row.host, row.process
+        )  # fmt: skip
+        self.timeout = row.timeout_ms / 1000

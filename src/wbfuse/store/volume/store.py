@@ -210,6 +210,13 @@ class VolumeStore(VolumeData, Store):
         self.session.close()
         self.database.close()
 
+    def counters(self) -> dict[str, int]:
+        cache = self.frames
+        return {
+            "bytes_fetched": cache.fetched, "frame_hits": cache.hits, "frame_misses": cache.misses,
+            "bytes_compacted": self.compactor.bytes,
+        }  # fmt: skip
+
     def removed(self, ino: int) -> None:
         self.maps.forget(ino)
         self.reaper.put_inodes([ino])
