@@ -3,6 +3,7 @@ PYTHON ?= /usr/bin/python3
 VENV := .venv
 PY := $(VENV)/bin/python
 APT := python3-venv fuse3 libfuse3-dev pkg-config gcc libc6-dev fio e2fsprogs mount util-linux postgresql qemu-utils iproute2
+BENCH_APT := s3fs openssh-server openssh-client
 
 .PHONY: setup demo test lint bench clean
 
@@ -33,8 +34,12 @@ lint: setup
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-bench: setup
+bench: setup $(VENV)/.bench
 	$(PY) -m bench
+
+$(VENV)/.bench: Makefile
+	@if [ "$$(id -u)" = 0 ]; then apt-get install -y -qq --no-install-recommends $(BENCH_APT); fi
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build

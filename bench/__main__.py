@@ -17,7 +17,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import slow, work
+from bench import slow, volumes, work
+from bench.far import RATE
 from bench.peers import BUILD, Field, Peer, quiet
 
 GIB = 1 << 30
@@ -155,6 +156,43 @@ def bench_slow_store(root: Path, rounds: int) -> None:
         row(f"slow store: {key}", middle[key], "<=", wanted, f"median of {len(found)} runs")
 
 
+def bench_far(root: Path, _rounds: int) -> None:
+    """Once: a round takes three minutes, and the link, not the machine, sets the pace."""
+    size = GIB
+    found = volumes.far_copies(_fresh(root / "far"), size)
+    ideal = size / RATE
+    others = {name: found[name] for name in ("JuiceFS", "JuiceFS --writeback", "rclone", "s3fs", "scp")}
+    times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in others.items())
+    row("far store: copy of 1 GiB until durable, against the link", found["wbfuse"] / ideal, "<=", 1.10,
+        f"{found['wbfuse']:.1f} s, bytes / rate {ideal:.1f} s")  # fmt: skip
+    row("far store: the same against the best peer", found["wbfuse"] / min(others.values()), "<=", 1.0, times)
+    row("far store: cp returns, against C", found["returned"] / found["C returned"], "<=", 1.2,
+        f"{found['returned']:.2f} s, C {found['C returned']:.2f} s")  # fmt: skip
+    row("far store: sequential read, against the link", ideal / found["read"], ">=", 0.9, f"{found['read']:.1f} s")
+
+
+def bench_far_random(root: Path, _rounds: int) -> None:
+    found = volumes.far_random_writes(_fresh(root / "far-random"), 3200)
+    row("far store: 4 KiB random writes, fsync each 32, uploaded for each byte", found["amplification"], "<=", 1.5, "")
+    row("far store: the same, durable operations a second against JuiceFS", found["wbfuse"] / found["JuiceFS"], ">=", 1,
+        f"{found['wbfuse']:.0f}, JuiceFS {found['JuiceFS']:.0f}")  # fmt: skip
+
+
+def bench_metadata(root: Path, _rounds: int) -> None:
+    for kind in ("SQLite", "PostgreSQL"):
+        found = volumes.metadata_against_juicefs(_fresh(root / f"metadata-{kind}"), kind, 10_000)
+        for name, (ours, theirs) in found.items():
+            row(f"{name} 10,000 files on {kind}, speed against JuiceFS", theirs / ours, ">=", 1,
+                f"{ours:.2f} s, JuiceFS {theirs:.2f} s")  # fmt: skip
+
+
+def bench_clone(root: Path, _rounds: int) -> None:
+    for kind in ("SQLite", "PostgreSQL"):
+        seconds, memory = volumes.fragmented(root / f"clone-{kind}", kind, 500_000)
+        row(f"clone of a file of 500,000 extents on {kind}, seconds", seconds, "<=", 1, "")
+        row(f"the same, MiB of memory for reading all over it on {kind}", memory, "<=", 150, "")
+
+
 def _fresh(path: Path) -> Path:
     path.mkdir(parents=True)
     return path
@@ -163,6 +201,7 @@ def _fresh(path: Path) -> Path:
 BENCHES = {
     "copy": bench_copy, "small-writes": bench_small_writes, "read": bench_read, "small-files": bench_small_files,
     "processor": bench_processor, "getattr": bench_getattr, "slow-store": bench_slow_store,
+    "clone": bench_clone, "metadata": bench_metadata, "far-random": bench_far_random, "far": bench_far,
 }  # fmt: skip
 
 

@@ -25,6 +25,14 @@ def make_source(path: Path, size: int) -> None:
     path.read_bytes()
 
 
+def make_warm(path: Path) -> None:
+    """Bring a file into the page cache."""
+    with open(path, "rb", buffering=0) as f:
+        buffer = memoryview(bytearray(MIB))
+        while f.readinto(buffer):
+            pass
+
+
 def copy_with_fsync(peer: Peer, source: Path) -> float:
     """Seconds to copy `source` into a new file and have it on the disk.
 
