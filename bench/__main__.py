@@ -213,6 +213,7 @@ def main() -> None:
     if os.geteuid() != 0:
         sys.exit("the bench needs root: it mounts, drops caches and makes a memory cgroup")
     root = Path(tempfile.mkdtemp(prefix="wbfuse-bench-", dir="/var/tmp"))
+    root.chmod(0o755)  # PostgreSQL runs as somebody else
     try:
         for name in arguments.only:
             quiet()
