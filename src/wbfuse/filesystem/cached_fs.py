@@ -30,10 +30,13 @@ from wbfuse.wire.constants import (
     FALLOC_PUNCH_HOLE,
     FALLOC_ZERO_RANGE,
     FATTR_ATIME,
+    FATTR_ATIME_NOW,
+    FATTR_CTIME,
     FATTR_GID,
     FATTR_KILL_SUIDGID,
     FATTR_MODE,
     FATTR_MTIME,
+    FATTR_MTIME_NOW,
     FATTR_SIZE,
     FATTR_UID,
     OPEN_KILL_SUIDGID,
@@ -49,6 +52,7 @@ from wbfuse.writeback.extents import HOLE
 from wbfuse.writeback.file import STORE
 from wbfuse.writeback.log import LogFull
 
+_TIMES = FATTR_ATIME | FATTR_MTIME | FATTR_ATIME_NOW | FATTR_MTIME_NOW | FATTR_CTIME
 _SLOW_CHANGES = FATTR_MODE | FATTR_UID | FATTR_GID | FATTR_KILL_SUIDGID
 
 
@@ -66,6 +70,8 @@ class CachedFileSystem(StoreFileSystem):
         self.cache = cache
         self.engine = engine
         self.kernel_writeback = kernel_writeback
+        self._durable_commits = store.capabilities.atomic_commit
+        self._late_times = store.capabilities.group_bytes > 0 and not store.capabilities.shared
         self.capabilities = StoreFileSystem.capabilities | Cap.HAS_RESEND
         if kernel_writeback:
             # Sizes and times are the kernel's own now: AUTO_INVAL_DATA would do nothing.
@@ -146,6 +152,8 @@ class CachedFileSystem(StoreFileSystem):
         if valid & _SLOW_CHANGES and not request.blocking:
             raise WouldBlock
         f = self._file(request, ino) if valid & FATTR_SIZE else self.cache.files.get(ino)
+        if f is None and self._late_times and not valid & ~_TIMES:
+            f = self._file(request, ino)  # so that they go with others in one commit
         if f is None:
             if not request.blocking:
                 raise WouldBlock
@@ -371,8 +379,11 @@ class CachedFileSystem(StoreFileSystem):
         handle = self.handles.get(fh)
         if handle is None or not handle.writable or handle.file is None:
             return None
-        self._report(handle, handle.file)
-        self._when_durable(request, handle.file, handle, None)
+        f = handle.file
+        self._report(handle, f)
+        if self._durable_commits and not f.core.generations and not f.busy:
+            return None  # nothing was written, or all of it is committed, and so durable
+        self._when_durable(request, f, handle, None)
         return PARKED
 
     def fsync(self, request: Request, fh: int, datasync: bool) -> Parked | None:

@@ -47,10 +47,6 @@ class DatabaseError(Exception):
     """The database cannot serve; one line for the person who asked."""
 
 
-class RacedError(Exception):
-    """What a transaction had read before it took its locks is no longer so: run it again."""
-
-
 def parse(meta: str) -> URL:
     """META as a URL. Raises DatabaseError where it is none that is supported."""
     try:
@@ -175,9 +171,6 @@ class Database:
                     if then is not None:
                         then(result)
                     return result
-            except RacedError:
-                if attempt == _TRIES - 1:
-                    raise OSError(errno.ETIMEDOUT, "database: lost every race") from None
             except DBAPIError as e:
                 if attempt == _TRIES - 1 or not _lost_race(e):
                     raise _as_oserror(e) from e

@@ -1,7 +1,8 @@
 """The name space of a volume: each operation is one transaction, and its rows are what `nodes` learns afterwards.
 
-Locks of a transaction: the session, then all inodes that it touches, ascending. Where the database locks rows, the
-names that led to them are read again after that, and a race is run again. SQLite has one writer: nothing moves.
+Locks of a transaction: the session, then the directories, ascending, then what stands in them. Nothing can come to
+stand under a name of a locked directory. Two that cross (a directory that was moved below one with a higher number) are
+told apart by the database, and one is run again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
 from wbfuse.store.contract import ROOT_INO, Change, Found, Owner
-from wbfuse.store.volume.database import Database, RacedError
+from wbfuse.store.volume.database import Database
 from wbfuse.store.volume.leases import Leases, holder_of
 from wbfuse.store.volume.nodes import Nodes
 from wbfuse.store.volume.schema import dentries, inodes, orphans, settings, xattrs
@@ -36,7 +37,6 @@ _LOOKUP = (
     .join(dentries, dentries.c.ino == inodes.c.ino)
     .where(dentries.c.parent == bindparam("p"), dentries.c.name == bindparam("n"))
 )
-_DENTRY = select(dentries).where(dentries.c.parent == bindparam("p"), dentries.c.name == bindparam("n"))
 _INODE = select(inodes).where(inodes.c.ino == bindparam("i"))
 _LOCK = (
     select(inodes).where(inodes.c.ino.in_(bindparam("inos", expanding=True))).order_by(inodes.c.ino).with_for_update()
@@ -63,6 +63,11 @@ _ADD_DENTRY = insert(dentries)
 _ADD_INODE = insert(inodes).returning(*inodes.c)
 _ADD_ORPHAN = insert(orphans)
 _REMOVE_DENTRY = delete(dentries).where(dentries.c.parent == bindparam("p"), dentries.c.name == bindparam("n"))
+_MOVE_DENTRY = (
+    update(dentries)
+    .where(dentries.c.parent == bindparam("p"), dentries.c.name == bindparam("n"))
+    .values(parent=bindparam("np"), name=bindparam("nn"), cookie=bindparam("k"))
+)
 _ANY_CHILD = select(dentries.c.ino).where(dentries.c.parent == bindparam("p")).limit(1)
 _LIST = (
     select(dentries.c.name, dentries.c.cookie, inodes)
@@ -126,6 +131,8 @@ class VolumeNames:
         found = self.nodes.find(parent, name)
         if found is not None:
             return found
+        if self.nodes.absent(parent, name):
+            raise fail(errno.ENOENT, name)
         stamp = self.nodes.stamp(parent)
         row = self.database.query(lambda c: c.execute(_LOOKUP, {"p": parent, "n": name}).first())
         if row is None:
@@ -189,6 +196,7 @@ class VolumeNames:
             yield Dirent(b".", ino, kind, 1)
         if offset < 2:
             yield Dirent(b"..", row.parent, kind, 2)
+        begun, from_start = self.nodes.stamp(ino), offset < _FIRST_COOKIE
         while True:
             after, stamp = max(offset, _FIRST_COOKIE - 1), self.nodes.stamp(ino)
             rows = self.database.query(
@@ -198,6 +206,8 @@ class VolumeNames:
             for r in rows:
                 yield Dirent(bytes(r.name), r.ino, r.mode >> 12, r.cookie)
             if len(rows) < _LISTING:
+                if from_start:
+                    self.nodes.whole(ino, begun)
                 return
             offset = rows[-1].cookie
 
@@ -250,6 +260,8 @@ class VolumeNames:
             return row, [above, row], [(parent, name, ino)]
 
         row = self._do(act)
+        if directory:
+            self.nodes.whole(ino, None)
         return ino, self.nodes.learn(row, lookups=1)
 
     def create(self, parent: int, name: bytes, mode: int, owner: Owner) -> Found:
@@ -297,16 +309,9 @@ class VolumeNames:
         """Lock these inodes in order; their rows, by number."""
         return {r.ino: r for r in c.execute(_LOCK, {"inos": sorted(set(inos))})}
 
-    def _entry(self, c: Connection, parent: int, name: bytes) -> Any | None:
-        return c.execute(_DENTRY, {"p": parent, "n": name}).first()
-
-    def _locked(self, c: Connection, *places: tuple[int, bytes]) -> tuple[list[Any | None], dict[int, Any]]:
-        """The entries at `places`, and the locked rows of the directories and of what the entries name."""
-        entries = [self._entry(c, *place) for place in places]
-        rows = self._lock(c, {p for p, _ in places} | {e.ino for e in entries if e is not None})
-        if not self.database.sqlite and entries != [self._entry(c, *place) for place in places]:
-            raise RacedError
-        return entries, rows
+    def _under(self, c: Connection, parent: int, name: bytes) -> Any | None:
+        """What stands under a name of a locked directory; it is locked by the UPDATE that follows."""
+        return c.execute(_LOOKUP, {"p": parent, "n": name}).first()
 
     def _unname(self, c: Connection, row: Any, now: int) -> Any:
         """One name less for the file of `row`."""
@@ -318,10 +323,10 @@ class VolumeNames:
         return row
 
     def _remove_directory(self, c: Connection, row: Any) -> Any:
-        """An empty directory goes; ENOTEMPTY."""
+        """An empty directory goes; ENOTEMPTY. It is locked before one looks, so that nobody makes a name in it."""
+        gone = c.execute(_RELINK, {"i": row.ino, "links": -row.nlink, "t": row.ctime_ns, "above": row.parent}).one()
         if c.execute(_ANY_CHILD, {"p": row.ino}).first() is not None:
             raise fail(errno.ENOTEMPTY)
-        gone = c.execute(_RELINK, {"i": row.ino, "links": -row.nlink, "t": row.ctime_ns, "above": row.parent}).one()
         c.execute(delete(inodes).where(inodes.c.ino == row.ino))
         c.execute(delete(xattrs).where(xattrs.c.ino == row.ino))
         return gone
@@ -337,14 +342,14 @@ class VolumeNames:
         now = time.time_ns()
 
         def act(c: Connection) -> Any:
-            (entry,), rows = self._locked(c, (parent, name))
-            if entry is None:
+            above = self._parent(c, parent, 0, now)
+            row = self._under(c, parent, name)
+            if row is None:
                 raise fail(errno.ENOENT, name)
-            if stat.S_ISDIR(rows[entry.ino].mode):
+            if stat.S_ISDIR(row.mode):
                 raise fail(errno.EISDIR, name)
             c.execute(_REMOVE_DENTRY, {"p": parent, "n": name})
-            above = c.execute(_TOUCH, {"i": parent, "links": 0, "t": now}).one()
-            row = self._unname(c, rows[entry.ino], now)
+            row = self._unname(c, row, now)
             return row, [above, row], [(parent, name, None)]
 
         return self._settle(self._do(act))
@@ -354,14 +359,14 @@ class VolumeNames:
         now = time.time_ns()
 
         def act(c: Connection) -> Any:
-            (entry,), rows = self._locked(c, (parent, name))
-            if entry is None:
+            above = self._parent(c, parent, -1, now)
+            row = self._under(c, parent, name)
+            if row is None:
                 raise fail(errno.ENOENT, name)
-            if not stat.S_ISDIR(rows[entry.ino].mode):
+            if not stat.S_ISDIR(row.mode):
                 raise fail(errno.ENOTDIR, name)
-            gone = self._remove_directory(c, rows[entry.ino])
+            gone = self._remove_directory(c, row)
             c.execute(_REMOVE_DENTRY, {"p": parent, "n": name})
-            above = c.execute(_TOUCH, {"i": parent, "links": -1, "t": now}).one()
             return None, [above, gone], [(parent, name, None)]
 
         self._do(act)
@@ -372,33 +377,33 @@ class VolumeNames:
         if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE) or flags == RENAME_NOREPLACE | RENAME_EXCHANGE:
             raise fail(errno.EINVAL)
         now = time.time_ns()
-        cookies = self.session.ids(2)
+        cookie = self.session.ids()
 
         def act(c: Connection) -> Any:
-            (source, target), rows = self._locked(c, (parent, name), (newparent, newname))
-            if source is None or (target is None and flags & RENAME_EXCHANGE):
-                raise fail(errno.ENOENT, name)
-            if newparent not in rows or not rows[newparent].nlink:
+            parents = self._lock(c, {parent, newparent})
+            if len(parents) < len({parent, newparent}) or not all(p.nlink for p in parents.values()):
                 raise fail(errno.ENOENT, newname)
-            if target is not None and flags & RENAME_NOREPLACE:
+            moved, other = self._under(c, parent, name), self._under(c, newparent, newname)
+            if moved is None or (other is None and flags & RENAME_EXCHANGE):
+                raise fail(errno.ENOENT, name)
+            if other is not None and flags & RENAME_NOREPLACE:
                 raise fail(errno.EEXIST, newname)
-            if target is not None and source.ino == target.ino:
+            if other is not None and moved.ino == other.ino:
                 return None, [], []
-            moved, other = rows[source.ino], rows[target.ino] if target is not None else None
             if parent != newparent:
                 self._no_cycle(c, moved, newparent)
                 if flags & RENAME_EXCHANGE:
                     self._no_cycle(c, other, parent)
             if flags & RENAME_EXCHANGE:
-                return self._exchange(c, source, target, rows, now)
-            victim = self._replace(c, moved, other, now) if other is not None else None
-            c.execute(_REMOVE_DENTRY, {"p": parent, "n": name})
-            c.execute(_REMOVE_DENTRY, {"p": newparent, "n": newname})
-            entry = {"parent": newparent, "name": newname, "ino": source.ino, "type": source.type, "cookie": cookies}
-            c.execute(_ADD_DENTRY, entry)
+                return self._exchange(c, (parent, name, moved), (newparent, newname, other), now)
+            victim = None
+            if other is not None:
+                victim = self._replace(c, moved, other, now)
+                c.execute(_REMOVE_DENTRY, {"p": newparent, "n": newname})
+            c.execute(_MOVE_DENTRY, {"p": parent, "n": name, "np": newparent, "nn": newname, "k": cookie})
             directory = stat.S_ISDIR(moved.mode)
             above = newparent if directory else 0
-            learned = [c.execute(_RELINK, {"i": source.ino, "links": 0, "t": now, "above": above}).one()]
+            learned = [c.execute(_RELINK, {"i": moved.ino, "links": 0, "t": now, "above": above}).one()]
             links = {parent: -int(directory)}
             replaced = directory and other is not None
             links[newparent] = links.get(newparent, 0) + int(directory) - int(replaced)
@@ -406,7 +411,7 @@ class VolumeNames:
             if victim is not None:
                 learned.append(victim)
             answer = victim if victim is not None and not stat.S_ISDIR(victim.mode) else None
-            return answer, learned, [(parent, name, None), (newparent, newname, source.ino)]
+            return answer, learned, [(parent, name, None), (newparent, newname, moved.ino)]
 
         victim = self._do(act)
         return (0, 0) if victim is None else self._settle(victim)
@@ -421,21 +426,20 @@ class VolumeNames:
             raise fail(errno.ENOTDIR)
         return self._unname(c, other, now)
 
-    def _exchange(self, c: Connection, source: Any, target: Any, rows: dict[int, Any], now: int) -> Any:
-        for place, new in ((source, target), (target, source)):
-            where = (dentries.c.parent == place.parent) & (dentries.c.name == place.name)
-            c.execute(update(dentries).where(where).values(ino=new.ino, type=new.type))
-        links = {source.parent: 0, target.parent: 0}
+    def _exchange(self, c: Connection, one: tuple[int, bytes, Any], two: tuple[int, bytes, Any], now: int) -> Any:
+        """Each (directory, name, row): the names change places."""
+        links = {one[0]: 0, two[0]: 0}
         learned = []
-        for old, new in ((source, target), (target, source)):
-            directory = stat.S_ISDIR(rows[old.ino].mode)
-            links[old.parent] -= directory
-            links[new.parent] += directory
-            above = new.parent if directory else 0
-            learned.append(c.execute(_RELINK, {"i": old.ino, "links": 0, "t": now, "above": above}).one())
+        for (old, _, row), (new, name, _) in ((one, two), (two, one)):
+            where = (dentries.c.parent == new) & (dentries.c.name == name)
+            c.execute(update(dentries).where(where).values(ino=row.ino, type=row.mode >> 12))
+            directory = stat.S_ISDIR(row.mode)
+            links[old] -= directory
+            links[new] += directory
+            above = new if directory else 0
+            learned.append(c.execute(_RELINK, {"i": row.ino, "links": 0, "t": now, "above": above}).one())
         learned += [c.execute(_TOUCH, {"i": p, "links": n, "t": now}).one() for p, n in sorted(links.items())]
-        names = [(source.parent, bytes(source.name), target.ino), (target.parent, bytes(target.name), source.ino)]
-        return None, learned, names
+        return None, learned, [(one[0], one[1], two[2].ino), (two[0], two[1], one[2].ino)]
 
     def _no_cycle(self, c: Connection, moved: Any, newparent: int) -> None:
         """EINVAL where a directory would come to stand below itself. One such move at a time: two could make a ring."""

@@ -20,7 +20,9 @@ from wbfuse.store.contract import ROOT_INO
 from wbfuse.wire.types import Attr
 
 _SPARE = 50_000
-"""Nodes and names kept without a reference."""
+"""Nodes kept without a reference."""
+_NAMES = 200_000
+"""Names kept."""
 
 
 @dataclass(slots=True)
@@ -57,6 +59,8 @@ class Nodes:
         self._changes: dict[int, int] = {}
         """When a directory's names changed here, as a number of `_clock`; `_floor` for those that are not in it."""
         self._clock = self._floor = 0
+        self._whole: set[int] = set()
+        """Directories of which every name is in `_names`."""
 
     def _fresh(self, at: float) -> bool:
         return self.timeout is None or time.monotonic() - at < self.timeout
@@ -196,17 +200,34 @@ class Nodes:
     def _keep(self, parent: int, name: bytes, ino: int) -> None:
         self._names[parent, name] = ino, time.monotonic()
         self._names.move_to_end((parent, name))
-        if len(self._names) > _SPARE:
-            self._names.popitem(last=False)
+        if len(self._names) > _NAMES:
+            (other, _), _ = self._names.popitem(last=False)
+            self._whole.discard(other)
+            self._change(other)
+
+    def whole(self, parent: int, stamp: int | None) -> None:
+        """All names of a directory are known: it is new (`stamp` None), or was listed from `stamp` on."""
+        with self.lock:
+            if self.timeout is None and stamp in (None, self._changes.get(parent, self._floor)):
+                self._whole.add(parent)
+
+    def absent(self, parent: int, name: bytes) -> bool:
+        """Whether it is known that there is no such name."""
+        with self.lock:
+            return parent in self._whole and (parent, name) not in self._names
+
+    def _change(self, parent: int) -> None:
+        """Held: lock. What is being read of a directory's names is not the newest any more."""
+        self._clock += 1
+        if len(self._changes) > _SPARE:
+            self._changes.clear()
+            self._floor = self._clock
+        self._changes[parent] = self._clock
 
     def renamed(self, parent: int, name: bytes, ino: int | None) -> None:
         """A name was made (for `ino`) or removed here."""
         with self.lock:
-            self._clock += 1
-            if len(self._changes) > _SPARE:
-                self._changes.clear()
-                self._floor = self._clock
-            self._changes[parent] = self._clock
+            self._change(parent)
             if ino is None:
                 self._names.pop((parent, name), None)
             else:
