@@ -21,6 +21,7 @@ from wbfuse.store.volume.schema import DOOMED, PENDING, extents, inodes, layers,
 log = logging.getLogger(__name__)
 
 _INODES = 256
+_GATHER = 0.3
 _ROWS = 4096
 
 
@@ -111,6 +112,7 @@ class Reaper:
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None and not self._ended.is_set():
+            self._ended.wait(_GATHER)  # many go together, and not between the steps of who removes them
             batch: dict[str, list[int]] = {"inodes": [], "layers": [], "packs": []}
             while item is not None:
                 batch[item[0]] += item[1]
