@@ -18,7 +18,7 @@ import pytest
 
 from wbfuse.filesystem.api import PARKED, Lent, Parked, Request, WouldBlock
 from wbfuse.filesystem.cached_fs import CachedFileSystem
-from wbfuse.store.contract import ROOT_INO, Change, Store
+from wbfuse.store.contract import ROOT_INO, Change, FencedError, Store
 from wbfuse.store.directory import DirectoryStore
 from wbfuse.wire.constants import FATTR_MTIME
 from wbfuse.wire.requests import Setattr
@@ -510,3 +510,46 @@ def test_an_atime_set_after_a_write_leaves_the_mtime_of_the_write(stage: Stage) 
     stage.cache.set_times(f, 2, 5, None)
     assert moved > 1000
     assert (f.core.atime_ns, f.core.mtime_ns) == (5, moved)
+
+
+def test_a_fenced_file_is_set_aside_and_others_in_its_commit_are_not(source: Path) -> None:
+    """Nothing is lost while it is being kept, whatever comes meanwhile, and who waits is answered."""
+    stage = Stage(source, expire=3600)
+    kept: list[tuple[int, list[bytes]]] = []
+    keeping, go_on = threading.Event(), threading.Event()
+    lost, lost_fh = stage.create(b"lost")
+    fine, fine_fh = stage.create(b"fine")
+
+    def commit(rounds: Any, _progress: object) -> None:
+        if any(r.ino == lost for r in rounds):
+            raise FencedError("by the test")
+
+    def keep(ino: int, _size: int, rounds: list[list[Any]]) -> None:
+        keeping.set()
+        wait_for(go_on)
+        kept.append((ino, [bytes(b) for pieces in rounds for p in pieces for b in p.buffers]))
+
+    stage.store.before["commit"] = commit
+    stage.engine.keep = keep
+    try:
+        stage.start()
+        stage.write(lost, lost_fh, 0, b"precious")
+        first = stage.fsync(lost, lost_fh)
+        wait_for(keeping)
+        another = stage.fs.open(stage.request(lost), os.O_RDWR, 0)  # it has not seen the error
+        second = stage.fsync(lost, another.fh)
+        stage.write(fine, fine_fh, 0, b"good")
+        go_on.set()
+        for unique in (first, second):
+            assert unique is not None
+            assert stage.reply(unique)[1] == errno.EIO
+        assert kept == [(lost, [b"precious"])]
+        with pytest.raises(OSError, match="another host"):
+            stage.write(lost, lost_fh, 0, b"more")
+        done = stage.fsync(fine, fine_fh)
+        assert done is not None
+        assert stage.reply(done)[1] == 0
+        assert stage.stored("fine") == b"good"
+    finally:
+        go_on.set()
+        stage.end()

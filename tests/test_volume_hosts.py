@@ -116,9 +116,12 @@ def test_another_host_sees_a_commit_at_its_next_open(hosts: list[Host]) -> None:
         (a.path / "f").write_bytes(b"second, longer")
         assert (b.path / "f").read_bytes() == b"second, longer"
         assert wait_until(lambda: os.pread(reader.fileno(), 100, 0) == b"second, longer")
+    (a.path / "f").write_bytes(b"second, LONGER")
+    os.stat(b.path / "f")
+    assert (b.path / "f").read_bytes() == b"second, LONGER", "also where only the bytes have changed"
     os.rename(a.path / "f", a.path / "g")
     assert wait_until(lambda: not (b.path / "f").exists())
-    assert (b.path / "g").read_bytes() == b"second, longer"
+    assert (b.path / "g").read_bytes() == b"second, LONGER"
 
 
 def test_a_file_has_one_writer(hosts: list[Host]) -> None:
@@ -210,3 +213,19 @@ def test_a_host_that_is_cut_off_is_fenced_and_nothing_is_mixed(hosts: list[Host]
     name = a.recover().split()[0]
     a.recover(name, "--export", str(export))
     assert numbered(128) in export.read_bytes()
+
+
+def test_a_mount_in_another_pid_namespace_is_not_taken_for_dead(hosts: list[Host]) -> None:
+    a, b = hosts
+    a.mount()
+    (a.path / "f").write_bytes(b"mine")
+    b.path.mkdir()
+    words = ["mount", b.meta, str(b.path), "--endpoint", b.endpoint, "--session-timeout", TIMEOUT]
+    refused = subprocess.run(
+        ["unshare", "-p", "-f", "--mount-proc", WBFUSE, *words], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert refused.returncode == 2
+    assert "in use by" in refused.stderr
+    (a.path / "f").write_bytes(b"still mine")
+    a_again = (a.path / "f").read_bytes()
+    assert a_again == b"still mine"

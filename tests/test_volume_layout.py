@@ -114,6 +114,15 @@ def test_a_cut_keeps_no_frame_too_many(at: int, length: int, start: int, size: i
     assert body[part.skip : part.skip + part.length] == raw[part.start - FRAME + 100 : part.end - FRAME + 100]
 
 
+def test_frames_that_reach_over_pieces_are_not_taken_for_holes() -> None:
+    data = os.urandom(300)
+    pieces = [Piece(at, 100, [memoryview(data)[at : at + 100]]) for at in (0, 100, 200)]
+    round_ = Round(1, None, [*pieces, Piece(400, 50, None)])
+    (pack,) = pack_rounds([round_], 1 << 20, None)
+    found = whole(round_, [e for _, e in pack.extents])
+    assert [(e.start, e.end, e.pack) for e in found] == [(0, 300, -1), (400, 450, 0)]
+
+
 def test_a_changed_byte_is_told() -> None:
     data = os.urandom(FRAME)
     for compression in COMPRESS:

@@ -99,7 +99,10 @@ class VolumeMachine(RuleBasedStateMachine):
         pieces, at = [], 0
         while (start := mask.find(1, at)) >= 0:
             at = mask.find(0, start)
-            pieces.append(Piece(start, at - start, [memoryview(bytes(after[start:at]))]))
+            step = (at - start, 10_000, FRAME)[self.fill % 3]  # one run of bytes may come in several pieces
+            for low in range(start, at, step):
+                part = bytes(after[low : min(at, low + step)])
+                pieces.append(Piece(low, len(part), [memoryview(part)]))
         return Round(ino, lowest, pieces, len(after), mtime_ns=self.fill), after
 
     @rule(

@@ -117,8 +117,12 @@ class CachedFileSystem(StoreFileSystem):
             return f
         if not request.blocking:
             raise WouldBlock
-        self.store.acquire(ino)
-        return self.cache.adopt(ino, self._fresh_attr(ino))
+        self.store.hold(ino)  # who acquires must hold
+        try:
+            self.store.acquire(ino)
+            return self.cache.adopt(ino, self._fresh_attr(ino))
+        finally:
+            self.store.drop(ino)
 
     def _fresh_attr(self, ino: int) -> Attr:
         """The store's attributes, not older than what the cache has let go meanwhile."""

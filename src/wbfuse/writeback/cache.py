@@ -545,6 +545,8 @@ class WritebackCache:
 
     def requeue(self, f: File) -> None:
         """Held: lock. A file that is idle again goes where the engine finds it."""
+        if f.copying:
+            return  # the end of the copy sees to it
         if f.core.generations:
             self.dirty[f.ino] = f
             if f.core.generations[0].sealed:

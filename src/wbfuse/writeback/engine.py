@@ -272,11 +272,11 @@ class Engine:
         try:
             self.cache.store.commit(rounds, self._progress)
         except FencedError as e:
-            log.error("%d files can not be committed any more: %s", len(rounds), e.strerror)
-            with self.cache.lock:
-                for r in rounds:
-                    self.cache.files[r.ino].fenced = True
-            return {r.ino: errno.EIO for r in rounds}
+            if len(rounds) == 1:
+                log.error("node %d can not be committed any more: %s", rounds[0].ino, e.strerror)
+                with self.cache.lock:
+                    self.cache.files[rounds[0].ino].fenced = True
+                return {rounds[0].ino: errno.EIO}
         except OSError as e:
             if len(rounds) == 1 or e.errno in TRANSIENT:
                 return {r.ino: e.errno or errno.EIO for r in rounds}
@@ -414,20 +414,30 @@ class Engine:
         with cache.lock:
             f.core.seal()
             gone = list(f.core.generations)
+            if self.keep is None or not gone:
+                return
             f.syncing = True  # nobody else takes it up meanwhile
-        if self.keep is None or not gone:
-            return
+            pinned = cache.log.pin(place for g in gone for place in g.extents.places())
+            pieces = [plan(g.extents, 1 << 30, cache.log.view) for g in gone]
+        kept = False
         try:
-            self.keep(f.ino, f.core.size, [plan(g.extents, 1 << 30, cache.log.view) for g in gone])
-        except OSError:
+            self.keep(f.ino, f.core.size, pieces)
+            kept = True
+        except Exception:  # whatever it is, the committer must live on
             log.exception("node %d is fenced, and what it has could not be set aside; trying again", f.ino)
-            gone = []
         with cache.lock:
             f.syncing = False
-            if gone:
-                cache._release(f.core.discard())
+            if kept:
+                del f.core.generations[: len(gone)]
+                cache._release(gone)
                 cache.failing.pop(f.ino, None)
+            cache._freed(cache.log.unpin(pinned))
+            waiters, f.waiters = f.waiters, []
+            f.retry_at = cache.clock() + _FIRST_RETRY
+            cache.requeue(f)  # what came meanwhile follows
             cache.room.notify_all()
+        for w in waiters:
+            w.done(errno.EIO)
 
     def _failed(self, f: File, error: int) -> list[Callable[[], None]]:
         """Held: lock. Keep the data, note the error, try again later. Answers the replies to send."""

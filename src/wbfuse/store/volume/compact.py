@@ -136,7 +136,10 @@ class Compactor:
         total = sum(p.length for p in pieces)
         round_ = Round(ino, None, pieces, None)
         store.stage([round_], lambda _n: None)
-        if store.replace_rows(round_, layer, start, end, before):
-            return total
-        store.unstage(round_)
-        return 0
+        replaced = False
+        try:
+            replaced = store.replace_rows(round_, layer, start, end, before)
+        finally:
+            if not replaced:
+                store.unstage(round_)  # takes only what is not live
+        return total if replaced else 0

@@ -6,12 +6,13 @@ one transaction, so a crash leaves the old state or the new one.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,8 +45,8 @@ _COPY_ROWS = 4096
 _ADD_PACKS = insert(packs)
 _MAKE_LIVE = (
     update(packs)
-    .where(packs.c.pack.in_(bindparam("ids", expanding=True)), packs.c.state.in_((PENDING, LIVE)))
-    .values(state=LIVE)
+    .where(packs.c.pack == bindparam("p"), packs.c.state.in_((PENDING, LIVE)))
+    .values(state=LIVE, size=func.coalesce(bindparam("z"), packs.c.size))
 )
 _USE = update(packs).where(packs.c.pack == bindparam("p")).values(live=packs.c.live + bindparam("d"))
 _ADD_EXTENTS = insert(extents)
@@ -71,6 +72,8 @@ class Staged:
     """What `Round.staged` is here: where the bytes of a round are."""
 
     extents: list[Extent] = field(default_factory=list)
+    sizes: dict[int, int] = field(default_factory=dict)
+    """Bytes of the packs in which they are."""
 
 
 class VolumeData(VolumeClones):
@@ -120,9 +123,6 @@ class VolumeData(VolumeClones):
         if self.leases is not None and self.leases.acquire(ino):
             self._ask(ino)
 
-    def changed_elsewhere(self, ino: int) -> None:
-        self.maps.changed(ino, None)
-
     def path_of(self, ino: int) -> str:
         return path_of(self.database, ino)
 
@@ -135,6 +135,8 @@ class VolumeData(VolumeClones):
     # reading
 
     def _map(self, ino: int, start: int, end: int, nowait: bool) -> list[Extent]:
+        if self.leases is not None:
+            self.maps.at_version(ino, self.nodes.version(ino))
         found = self.maps.get(ino, start, end)
         if found is not None:
             return found
@@ -241,7 +243,7 @@ class VolumeData(VolumeClones):
             gone, come, live = overlay(before, whole(round_, staged.extents), based)
             c.execute(_DROP_EXTENTS, [{"l": layer, "s": s} for s in gone])
             c.execute(_ADD_EXTENTS, [_as_row(layer, e) for e in come])
-            self._count(c, live, {e.pack for e in staged.extents})
+            self._count(c, live, staged.sizes)
             return True
 
         try:
@@ -279,7 +281,11 @@ class VolumeData(VolumeClones):
             try:
                 self.objects.put(pack_key(number), pack.buffers)
             except FileExistsError:
+                self._abandon([number])  # an answer was lost on the way, perhaps
                 continue
+            except BaseException:
+                self._abandon([number])
+                raise
             for offset, parts in pack.raw:
                 self.frames.put(number, offset, b"".join(parts))
             self.frames.put_stored(number, pack.buffers)
@@ -308,6 +314,7 @@ class VolumeData(VolumeClones):
             made.append(number)
             for i, extent in pack.extents:
                 staged[i].extents.append(extent._replace(pack=number))
+                staged[i].sizes[number] = pack.size
         if error is not None:
             self._abandon(made)
             raise error
@@ -343,7 +350,7 @@ class VolumeData(VolumeClones):
             with self._stock_lock:
                 self._stock.clear()  # whoever took these may have taken those as well
             for round_ in rounds:
-                round_.staged = None
+                self.unstage(round_)
             raise OSError(errno.EAGAIN, "packs of this round were collected; it must be staged again") from None
 
     def _commit_staged(self, rounds: Sequence[Round]) -> None:
@@ -361,7 +368,10 @@ class VolumeData(VolumeClones):
                 if row is None:
                     raise fail(errno.ESTALE)
                 out.append(self._apply(c, row, round_, spare + i, live, now))
-            self._count(c, live, {e.pack for r in rounds for e in r.staged.extents})  # type: ignore[attr-defined]
+            sizes: dict[int, int | None] = {}
+            for round_ in rounds:
+                sizes |= round_.staged.sizes  # type: ignore[attr-defined]
+            self._count(c, live, sizes)
             return out
 
         def learn(rows: list[Any]) -> None:
@@ -372,29 +382,27 @@ class VolumeData(VolumeClones):
 
     def _durable(self, act: Callable[[Connection], list[Any]], then: Callable[[list[Any]], None]) -> None:
         """A transaction after which everything before it is durable as well."""
-        unsynced = self._unsynced.is_set()
-        self._unsynced.clear()
-        try:
-            self.database.transact(act, durable=True, then=then)
-        except BaseException:
-            if unsynced:
-                self._unsynced.set()
-            raise
+        before = self._name_changes
+        self.database.transact(act, durable=True, then=then)
+        self._names_synced = max(self._names_synced, before)
 
     def _learn_data(self, row: Any, round_: Round) -> None:
         """A round was committed, and this is the row now."""
         ranges = None if round_.lowest is not None else [(p.offset, p.offset + p.length) for p in round_.pieces]
         self.maps.changed(row.ino, ranges)
+        self.maps.is_version(row.ino, row.version)
         self.nodes.learn(row)
         if round_.pieces:
             self.compactor.wrote(row.ino)
 
     @staticmethod
-    def _count(c: Connection, live: dict[int, int], new: set[int]) -> None:
-        """Set new packs live, and change how much of each is used. PacksGoneError where one is not there."""
-        if new:
-            changed = c.execute(_MAKE_LIVE, {"ids": sorted(new)})
-            if changed.rowcount != len(new):
+    def _count(c: Connection, live: dict[int, int], used: Mapping[int, int | None]) -> None:
+        """Set `used` packs live (with their size, where it is new), and change how much of each is used.
+
+        PacksGoneError where one is not there.
+        """
+        for pack, size in sorted(used.items()):
+            if c.execute(_MAKE_LIVE, {"p": pack, "z": size}).rowcount != 1:
                 raise PacksGoneError
         changes = [{"p": p, "d": d} for p, d in sorted(live.items()) if d and p != HOLE]
         if changes:
@@ -431,7 +439,10 @@ class VolumeData(VolumeClones):
         for e in wide:  # rows inside go without being read
             held += self._clear(c, layer, e.start, e.end, live)
         based = bool(base.base)
-        if not based:
+        if based:  # of wide holes only what hides the base
+            changes = [e if e not in wide else cut(e, e.start, base.base_size) for e in changes
+                       if e not in wide or e.start < base.base_size]  # fmt: skip
+        else:
             changes = [e for e in changes if e not in wide]
         old = rows_touched(c, layer, _merged(changes), self.database.sqlite)
         gone, come, used = overlay(old, changes, based)
@@ -476,9 +487,18 @@ class VolumeData(VolumeClones):
     def _now(self, round_: Round) -> None:
         """Commit a change that somebody waits for."""
         round_.mtime_ns = time.time_ns()
-        self.nodes.known(round_.ino)
-        self.acquire(round_.ino)
-        self.commit([round_], lambda _n: None)
+        with self._writing(round_.ino):
+            self.commit([round_], lambda _n: None)
+
+    @contextlib.contextmanager
+    def _writing(self, ino: int) -> Iterator[None]:
+        """The file is held, and leased where that is needed, while the block runs."""
+        self.hold(ino)
+        try:
+            self.acquire(ino)
+            yield
+        finally:
+            self.drop(ino)
 
     def write(self, ino: int, offset: int, data: Buffer) -> None:
         view = memoryview(data)
@@ -564,8 +584,10 @@ class VolumeData(VolumeClones):
     def copy_range(self, source: int, offset: int, target: int, target_offset: int, length: int) -> int:
         """Rows are copied, never bytes; a whole file, or what continues one, becomes a layer (`_share`)."""
         self.nodes.known(source)
-        self.nodes.known(target)
-        self.acquire(target)
+        with self._writing(target):
+            return self._copy_range(source, offset, target, target_offset, length)
+
+    def _copy_range(self, source: int, offset: int, target: int, target_offset: int, length: int) -> int:
         spare = self.session.ids(2)
         now = time.time_ns()
 
@@ -646,7 +668,7 @@ class VolumeData(VolumeClones):
             layer = spare
             c.execute(insert(layers).values(layer=layer, base=0, base_size=0, users=1, depth=0))
         held += self._lay(c, layer, changes, live)
-        self._count(c, live, {e.pack for e in moved})
+        self._count(c, live, dict.fromkeys({e.pack for e in moved}))
         size = max(b.size, target_offset + done)
         return [done, self._sized(c, b, layer, size, held - b.bytes, now)]
 

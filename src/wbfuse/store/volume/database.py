@@ -29,6 +29,7 @@ from sqlalchemy.exc import (
     OperationalError,
     SQLAlchemyError,
 )
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool, StaticPool
 
 from wbfuse.store.volume.schema import counters
@@ -36,7 +37,9 @@ from wbfuse.store.volume.schema import counters
 T = TypeVar("T")
 
 _RACES = ("40001", "40P01")
-_TRIES = 20
+_TRIES = 60
+_DEAD = 50
+"""Dead connections of the pool that one transaction may meet: a server that was started again leaves as many."""
 _CONNECT_SECONDS = 10
 _BUSY_SECONDS = 60
 _IDLE_SECONDS = 10
@@ -137,7 +140,7 @@ class Database:
                     c.execution_options(isolation_level="REPEATABLE READ")
                 with c.begin():
                     yield c
-        except DBAPIError as e:
+        except SQLAlchemyError as e:
             raise _as_oserror(e) from e
 
     def query(self, act: Callable[[Connection], T]) -> T:
@@ -146,8 +149,8 @@ class Database:
             try:
                 with self._read.connect() as c:
                     return act(c)
-            except DBAPIError as e:
-                if last or not e.connection_invalidated:
+            except SQLAlchemyError as e:
+                if last or not _is_dead(e):
                     raise _as_oserror(e) from e
         raise AssertionError("unreachable")
 
@@ -159,22 +162,23 @@ class Database:
         With `durable` it survives a power cut, and so does every transaction before it. `then` gets the result
         after the commit (SQLite: before the next writer begins).
         """
+        dead = 0
         for attempt in range(_TRIES):
+            committing = threading.Event()
             try:
-                if not self.sqlite:
-                    result = self._transact_postgres(act, durable)
+                with self._writer if self.sqlite else contextlib.nullcontext():
+                    result = self._transact(act, durable, committing)
                     if then is not None:
                         then(result)
                     return result
-                with self._writer:
-                    result = self._transact_sqlite(act, durable)
-                    if then is not None:
-                        then(result)
-                    return result
-            except DBAPIError as e:
-                if attempt == _TRIES - 1 or not _lost_race(e):
+            except SQLAlchemyError as e:
+                # A connection that died before the COMMIT took nothing with it; several of the pool may have.
+                dead += _is_dead(e)
+                again = _lost_race(e) or (_is_dead(e) and not committing.is_set() and dead <= _DEAD)
+                if attempt == _TRIES - 1 or not again:
                     raise _as_oserror(e) from e
-                time.sleep(0.001 * 2 ** min(attempt, 7))
+                if not _is_dead(e):
+                    time.sleep(0.001 * 2 ** min(attempt, 7))
         raise AssertionError("unreachable")
 
     def flush(self) -> None:
@@ -182,19 +186,18 @@ class Database:
         touch = update(counters).where(counters.c.name == "sync").values(value=counters.c.value + 1)
         self.transact(lambda c: c.execute(touch), durable=True)
 
-    def _transact_sqlite(self, act: Callable[[Connection], T], durable: bool) -> T:
+    def _transact(self, act: Callable[[Connection], T], durable: bool, committing: threading.Event) -> T:
         with self._write.connect() as c:
-            if self._full is not durable:
+            if self.sqlite and self._full is not durable:
                 c.connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
                 self._full = durable
-            with c.begin():
-                return act(c)
-
-    def _transact_postgres(self, act: Callable[[Connection], T], durable: bool) -> T:
-        with self._write.begin() as c:
-            if durable:
-                c.exec_driver_sql("SET LOCAL synchronous_commit TO on")
-            return act(c)
+            with c.begin() as transaction:
+                if durable and not self.sqlite:
+                    c.exec_driver_sql("SET LOCAL synchronous_commit TO on")
+                result = act(c)
+                committing.set()
+                transaction.commit()
+                return result
 
 
 def _sqlite_connected(connection: Any, _record: Any) -> None:
@@ -203,17 +206,26 @@ def _sqlite_connected(connection: Any, _record: Any) -> None:
         connection.execute(f"PRAGMA {pragma}")
 
 
-def _lost_race(error: DBAPIError) -> bool:
-    return getattr(error.orig, "sqlstate", None) in _RACES
+def _lost_race(error: SQLAlchemyError) -> bool:
+    return isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) in _RACES
 
 
-def _as_oserror(error: DBAPIError) -> OSError:
+def _is_dead(error: SQLAlchemyError) -> bool:
+    """Whether the connection was lost, of which nobody knew before it was used."""
+    return isinstance(error, DBAPIError) and error.connection_invalidated
+
+
+def _as_oserror(error: SQLAlchemyError) -> OSError:
     """A database that is not there is waited for; one that is full says so; the rest is a defect."""
     if isinstance(error, IntegrityError):
         return OSError(errno.EEXIST, os.strerror(errno.EEXIST))
     said = _reason(error)
-    if "disk is full" in said or getattr(error.orig, "sqlstate", None) == "53100":
+    if "disk is full" in said or getattr(getattr(error, "orig", None), "sqlstate", None) == "53100":
         return OSError(errno.ENOSPC, f"database: {said}")
-    if error.connection_invalidated or (isinstance(error, OperationalError) and "disk I/O" not in said):
+    if (
+        _is_dead(error)
+        or isinstance(error, PoolTimeout)
+        or (isinstance(error, OperationalError) and "disk I/O" not in said)
+    ):
         return OSError(errno.ETIMEDOUT, f"database: {said}")
     return OSError(errno.EIO, f"database: {said}")

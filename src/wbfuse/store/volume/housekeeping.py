@@ -37,11 +37,14 @@ class Housekeeper:
 
     def _run(self) -> None:
         while not self._ended.wait(GC_SECONDS):
-            try:
-                self._dump()
-                collect(self._database, self._objects)
-            except Exception as e:  # noqa: BLE001 - it will be tried again
-                log.warning("housekeeping: %s", e)
+            for act in (self._collect, self._dump):  # a dump that finds the store full must not keep it full
+                try:
+                    act()
+                except Exception as e:  # noqa: BLE001 - it will be tried again
+                    log.warning("housekeeping: %s", e)
+
+    def _collect(self) -> None:
+        collect(self._database, self._objects)
 
     def _dump(self) -> None:
         """Dump, where the last one is old and something has changed since this mount made one."""

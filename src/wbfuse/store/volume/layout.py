@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 FRAME = 64 << 10
@@ -131,6 +132,8 @@ def overlay(
         elif keep_holes:
             come += [hole(a, min(a + MAX_EXTENT, extent.end)) for a in range(extent.start, extent.end, MAX_EXTENT)]
     come.sort()
+    if any(a.end > b.start for a, b in pairwise(come)):
+        raise ValueError("rows of a map would overlap")
     return gone, come, live
 
 

@@ -21,7 +21,7 @@ from sqlalchemy import Connection, delete, insert, select, update
 
 from wbfuse.store.contract import FencedError
 from wbfuse.store.volume.database import Database
-from wbfuse.store.volume.schema import inodes, leases, sessions
+from wbfuse.store.volume.schema import inodes, leases, orphans, sessions
 from wbfuse.store.volume.sessions import Session, fence
 
 log = logging.getLogger(__name__)
@@ -31,13 +31,22 @@ _LOOK_AGAIN = 0.2
 
 class Leases:
     """Of a shared mount. `wait`: seconds to wait for a file that another host writes. `died`: told of files that
-    another host has removed while they were open here."""
+    another host has removed while they were open here. `held`: whether a file is open
+    here; who acquires holds first."""
 
-    def __init__(self, database: Database, session: Session, wait: float, died: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        database: Database,
+        session: Session,
+        wait: float,
+        died: Callable[[int], None],
+        held: Callable[[int], bool],
+    ) -> None:
         self._database = database
         self._session = session
         self._wait = wait
         self._died = died
+        self._held = held
         self._lock = threading.Lock()
         self._mine: set[int] = set()
         self._leaving: set[int] = set()
@@ -71,6 +80,11 @@ class Leases:
 
         def act(c: Connection) -> int:
             self._session.guard(c)
+            # Who removes the last name locks the inode as well, so one of us sees the other.
+            links = c.execute(select(inodes.c.nlink).where(inodes.c.ino == ino).with_for_update()).scalar_one_or_none()
+            mine = select(orphans.c.ino).where(orphans.c.ino == ino, orphans.c.session == self._session.number)
+            if links is None or (links == 0 and c.execute(mine).first() is None):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
             row = c.execute(select(leases.c.session).where(leases.c.ino == ino).with_for_update()).first()
             if row is None:
                 c.execute(insert(leases).values(ino=ino, session=self._session.number))
@@ -101,7 +115,7 @@ class Leases:
     def release(self, ino: int) -> None:
         """Nobody here has the file open any more. Does not block."""
         with self._lock:
-            if ino in self._mine and ino not in self._leaving:
+            if ino in self._mine and ino not in self._leaving and not self._held(ino):
                 self._leaving.add(ino)
                 self._queue.put(ino)
 
@@ -111,9 +125,11 @@ class Leases:
                 if ino not in self._leaving:
                     continue
                 self._leaving.discard(ino)
+                if self._held(ino):
+                    continue
                 try:
                     removed = self._database.transact(lambda c, ino=ino: self._leave(c, ino))  # type: ignore[misc]
-                except OSError as e:
+                except Exception as e:  # noqa: BLE001 - the session's end gives it back
                     log.warning("the lease on node %d could not be given back: %s", ino, e)
                     continue
                 self._mine.discard(ino)

@@ -22,6 +22,8 @@ from wbfuse.store.volume.schema import extents, layers
 WINDOW = MAX_EXTENT
 _ROWS = 100_000
 """Rows kept in all windows together."""
+_FILES = 50_000
+"""Files of which it is remembered when they changed."""
 
 COLUMNS = (extents.c.start, extents.c.length, extents.c.pack, extents.c.offset, extents.c.skip, extents.c.frames)
 _BEFORE = (
@@ -108,8 +110,10 @@ class Maps:
         self._windows: OrderedDict[tuple[int, int], list[Extent]] = OrderedDict()
         self._of: dict[int, set[int]] = {}
         self._rows = 0
-        self._stamps: dict[int, int] = {}
-        self._clock = 0
+        self._changes: dict[int, int] = {}
+        """When a file changed, as a number of `_clock`; `_floor` for those that are not in it."""
+        self._clock = self._floor = 0
+        self._versions: dict[int, int] = {}
 
     def get(self, ino: int, start: int, end: int) -> list[Extent] | None:
         """The map of [start, end) from memory, uncut at the edges; None where a part of it is not there."""
@@ -126,11 +130,11 @@ class Maps:
     def stamp(self, ino: int) -> int:
         """To be taken before rows are read, for `put`."""
         with self._lock:
-            return self._stamps.setdefault(ino, self._clock)
+            return self._changes.get(ino, self._floor)
 
     def put(self, ino: int, stamp: int, number: int, window: list[Extent]) -> None:
         with self._lock:
-            if self._stamps.get(ino) != stamp:
+            if self._changes.get(ino, self._floor) != stamp:
                 return
             self._remove(ino, number)
             self._windows[ino, number] = window
@@ -153,8 +157,10 @@ class Maps:
         """These ranges (None: any) have changed in the database."""
         with self._lock:
             self._clock += 1
-            if ino in self._stamps:
-                self._stamps[ino] = self._clock
+            if len(self._changes) > _FILES:
+                self._changes.clear()
+                self._floor = self._clock
+            self._changes[ino] = self._clock
             numbers = list(self._of.get(ino, ()))
             if ranges is not None:
                 touched = {n for a, b in ranges for n in range(a // WINDOW, -(-b // WINDOW))}
@@ -162,10 +168,18 @@ class Maps:
             for n in numbers:
                 self._remove(ino, n)
 
-    def forget(self, ino: int) -> None:
-        self.changed(ino, None)
+    def at_version(self, ino: int, version: int) -> None:
+        """Drop what was loaded under another version of the inode's row: another host may have changed the file."""
+        if self._versions.get(ino) != version:
+            self.changed(ino, None)
+            self.is_version(ino, version)
+
+    def is_version(self, ino: int, version: int) -> None:
+        """What is here, or is loaded from now on, is of this version."""
         with self._lock:
-            self._stamps.pop(ino, None)
+            if len(self._versions) > _FILES:
+                self._versions.clear()
+            self._versions[ino] = version
 
 
 def _between(window: list[Extent], start: int, end: int) -> list[Extent]:

@@ -100,8 +100,10 @@ class VolumeNames:
     """None where the mount has the whole volume."""
 
     def _init_names(self) -> None:
-        self._unsynced = threading.Event()
-        """A transaction since the last durable one may be lost in a power cut."""
+        self._name_changes = self._names_synced = 0
+        """Transactions that changed names, and how many of them no power cut can take."""
+        self._counting = threading.Lock()
+        """Guards `_name_changes`, for an instant."""
 
     def removed(self, ino: int) -> None:
         """A file has neither names nor opens: its bytes may go. (data)"""
@@ -116,7 +118,8 @@ class VolumeNames:
 
         def learn(answer: Any) -> None:
             _, rows, names = answer
-            self._unsynced.set()
+            with self._counting:
+                self._name_changes += 1
             for row in rows:
                 self.nodes.learn(row)
             for parent, name, ino in names:
@@ -165,15 +168,8 @@ class VolumeNames:
         row = self.database.query(lambda c: c.execute(_INODE, {"i": ino}).first())
         if row is None:
             raise fail(errno.ESTALE)
-        before = self.nodes.version(ino)
         self.nodes.learn(row)
-        if before != row.version:
-            self.changed_elsewhere(ino)
         return row
-
-    def changed_elsewhere(self, ino: int) -> None:
-        """Another host has changed a file. (data)"""
-        raise NotImplementedError
 
     def getattr(self, ino: int, nowait: bool = False) -> Attr:
         row = self.nodes.fresh(ino)
@@ -459,13 +455,10 @@ class VolumeNames:
 
     def sync_names(self) -> None:
         """Every change of names so far is durable when this returns."""
-        if self._unsynced.is_set():
-            self._unsynced.clear()
-            try:
-                self.database.flush()
-            except OSError:
-                self._unsynced.set()
-                raise
+        wanted = self._name_changes
+        if self._names_synced < wanted:
+            self.database.flush()
+            self._names_synced = max(self._names_synced, wanted)
 
     # attributes
 

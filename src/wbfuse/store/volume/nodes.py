@@ -82,6 +82,8 @@ class Nodes:
                 del self._nodes[self._spare.popitem(last=False)[0]]
         elif row.version >= node.row.version:
             node.row, node.seen_at = row, now
+            if row.nlink:
+                node.gone = False  # it was given a name in the moment that its last open went
         if lookups:
             node.lookups += lookups
             self._spare.pop(node.ino, None)

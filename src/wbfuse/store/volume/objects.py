@@ -47,7 +47,7 @@ def _oserror(error: BaseException, key: str) -> OSError:
         return OSError(errno.EEXIST, said, key)
     if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
         return OSError(errno.EACCES, said, key)
-    if "os error 28" in said or "507" in said or "InsufficientStorage" in said or "QuotaExceeded" in said:
+    if "os error 28" in said or "507 Insufficient" in said or "InsufficientStorage" in said or "QuotaExceeded" in said:
         return OSError(errno.ENOSPC, said, key)
     return OSError(errno.ETIMEDOUT, said, key)
 

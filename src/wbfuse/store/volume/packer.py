@@ -156,7 +156,8 @@ def whole(round_: Round, extents: list[Extent]) -> list[Extent]:
     out: list[Extent] = []
     k = 0
     for piece in round_.pieces:
-        at, end = piece.offset, piece.offset + piece.length
+        # An extent may reach from one piece into the next.
+        at, end = max(piece.offset, out[-1].end if out else 0), piece.offset + piece.length
         while k < len(extents) and extents[k].start < end:
             if at < extents[k].start:
                 out.append(hole(at, extents[k].start))

@@ -21,7 +21,7 @@ from wbfuse.store.volume.schema import DOOMED, PENDING, extents, inodes, layers,
 log = logging.getLogger(__name__)
 
 _INODES = 256
-_GATHER = 0.3
+_GATHER, _RETRY = 0.3, 5.0
 _ROWS = 4096
 
 
@@ -47,6 +47,12 @@ def leave_layers(c: Connection, left: list[int]) -> list[int]:
 
 def remove_rows(c: Connection, layer: int) -> tuple[bool, list[int]]:
     """Remove a slice of the rows of a dead layer. Answers whether it is gone, and layers that died with it."""
+    # Somebody else may be at it (gc, another host): what two of them count must not be taken off twice.
+    if (
+        c.execute(select(layers.c.layer).where(layers.c.layer == layer, layers.c.users <= 0).with_for_update()).first()
+        is None
+    ):
+        return True, []
     rows = c.execute(select(extents.c.start).where(extents.c.layer == layer).order_by(extents.c.start).limit(_ROWS))
     starts = list(rows.scalars())
     if starts:
@@ -124,8 +130,12 @@ class Reaper:
                     return
             try:
                 self._reap(batch)
-            except Exception as e:  # noqa: BLE001 - gc finds it again
-                log.warning("cleaning up: %s", e)
+            except Exception as e:  # noqa: BLE001 - a store or database that is not there now
+                log.warning("cleaning up: %s; trying again", e)
+                self._ended.wait(_RETRY)
+                for kind, numbers in batch.items():
+                    if numbers:
+                        self._queue.put((kind, numbers))
 
     def _reap(self, batch: dict[str, list[int]]) -> None:
         dead = batch["layers"]

@@ -137,8 +137,10 @@ dumps = Table(
     Column("number", BigInteger, primary_key=True, autoincrement=False),
     Column("made_ns", BigInteger, nullable=False),
     Column("size", BigInteger, nullable=False),
+    Column("foreign", Boolean, nullable=False, default=False),
 )
-"""Dumps of this database that are kept in the bucket. What they name is not collected."""
+"""Dumps that are kept in the bucket; what they name is not collected. `foreign`: made before this database was loaded
+from one of them."""
 
 leases = Table(
     "leases",

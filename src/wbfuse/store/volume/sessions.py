@@ -36,27 +36,39 @@ class VolumeBusyError(Exception):
 
 
 def this_process() -> str:
-    """Names this process among all that ever ran on any machine: boot id, pid, start time."""
-    return _process(os.getpid())
+    """Names this process among all that ever ran on any machine: boot id, PID namespace, pid, start time."""
+    return f"{_here()}:{os.getpid()}:{_started(os.getpid())}"
 
 
-def _process(pid: int) -> str:
+def _here() -> str:
+    """The set of processes in which a pid means something: this boot, and in it this PID namespace."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as f:
         boot = f.read().strip()
+    return f"{boot}:{os.readlink('/proc/self/ns/pid').strip('pid:[]')}"
+
+
+def _started(pid: int) -> str:
     with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
         fields = f.read().rpartition(")")[2].split()
     if fields[0] in "ZX":
         raise ProcessLookupError(f"process {pid} has ended, and nobody has asked how")
-    return f"{boot}:{pid}:{fields[19]}"
+    return fields[19]
+
+
+def is_here(process: str) -> bool:
+    """Whether this process can see whether that one lives."""
+    return process.startswith(_here() + ":")
 
 
 def is_dead(process: str) -> bool:
-    """Whether that process is known to be gone: it ran here, since the last boot, and does not now."""
-    boot, pid, _ = process.split(":")
+    """Whether that process is known to be gone: it was one of those that can be seen from here, and is not now."""
+    if not is_here(process):
+        return False
+    _, _, pid, started = process.split(":")
     try:
-        return _process(int(pid)) != process and this_process().startswith(boot + ":")
+        return _started(int(pid)) != started
     except OSError:
-        return this_process().startswith(boot + ":")
+        return True
 
 
 def take_ids(c: Connection, n: int) -> int:
@@ -104,10 +116,13 @@ class Session:
                 return self._database.transact(self._enter, durable=True)
             except _InTheWayError as e:
                 holder = e
-            alive = "" if is_dead(holder.process) else self._watch(holder, waiting)
+            if is_here(holder.process):  # its beats may be late, a process that can be seen cannot be mistaken
+                alive = "" if is_dead(holder.process) else "runs"
+            else:
+                alive = self._watch(holder, waiting)
             if alive:
                 raise VolumeBusyError(
-                    f"in use by {holder.host} (process {holder.process.split(':')[1]}"
+                    f"in use by {holder.host} (process {holder.process.split(':')[2]}"
                     f"{', shared' if holder.shared else ''}); "
                     + ("unmount it there, or mount both with --shared" if not self.shared else "it is not --shared")
                 )
@@ -198,8 +213,8 @@ class Session:
                     return
                 if self.shared:
                     self._watch_others()
-            except OSError as e:
-                log.warning("heartbeat: %s", e.strerror)
+            except Exception as e:  # noqa: BLE001 - without a heartbeat others would take the mount for dead
+                log.warning("heartbeat: %s", e)
 
     def close(self) -> None:
         """End the session, where it was not fenced before."""

@@ -177,7 +177,7 @@ class VolumeStore(VolumeData, Store):
         self._attr_timeout = tuning.attr_timeout
         self.leases = None
         if tuning.shared:
-            self.leases = Leases(self.database, self.session, tuning.lease_wait, self.removed)
+            self.leases = Leases(self.database, self.session, tuning.lease_wait, self.removed, self.nodes.held)
         self._init_names()
         self._init_data(min(tuning.readahead, tuning.memory // 4))
         self.reaper = Reaper(self.database, self.objects, self.session.number)
@@ -218,7 +218,7 @@ class VolumeStore(VolumeData, Store):
         }  # fmt: skip
 
     def removed(self, ino: int) -> None:
-        self.maps.forget(ino)
+        self.maps.changed(ino, None)
         self.reaper.put_inodes([ino])
 
     def abandoned(self, numbers: list[int]) -> None:

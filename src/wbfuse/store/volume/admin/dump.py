@@ -20,6 +20,7 @@ from sqlalchemy import Connection, LargeBinary, Table, delete, func, insert, sel
 from wbfuse.store.volume.database import Database
 from wbfuse.store.volume.objects import Objects
 from wbfuse.store.volume.schema import (
+    LIVE,
     VERSION,
     counters,
     dentries,
@@ -143,6 +144,8 @@ def dump_to_bucket(database: Database, objects: Objects, progress: Progress = la
         key = f"{FOLDER}/{number:012d}"
         objects.put(key, [buffer.getbuffer()])
     except BaseException:
+        # Its answer may be all that was lost: a dump that is there must be known, or gone.
+        objects.delete(f"{FOLDER}/{number:012d}")
         database.transact(lambda c: c.execute(delete(dumps).where(dumps.c.number == number)))
         raise
     size = len(buffer.getbuffer())
@@ -183,6 +186,8 @@ def load_dump(
         waiting: dict[Table, list[dict[str, Any]]] = {}
         done = 0
         for table, row in rows:
+            if table is packs and row["state"] != LIVE:
+                continue  # they may have become live after this dump; a newer one may name them
             batch = waiting.setdefault(table, [])
             batch.append(row)
             if len(batch) >= _ROWS:
@@ -205,7 +210,9 @@ def load_dump(
         )
         if there:  # gc must keep what these name: one may be loaded again
             now = time.time_ns()
-            c.execute(insert(dumps), [{"number": n, "made_ns": now, "size": s} for n, s in there.items()])
+            c.execute(
+                insert(dumps), [{"number": n, "made_ns": now, "size": s, "foreign": True} for n, s in there.items()]
+            )
 
     try:
         database.transact(fill, durable=True)

@@ -38,7 +38,8 @@ class Collected:
 def mark_dead(c: Connection) -> None:
     """Note of packs in which nothing is live when that was first seen."""
     newest = select(counters.c.value).where(counters.c.name == "dump").scalar_subquery()
-    dead = (packs.c.state == LIVE) & (packs.c.live <= 0)
+    named = select(extents.c.pack).where(extents.c.pack == packs.c.pack).exists()
+    dead = (packs.c.state == LIVE) & (packs.c.live <= 0) & ~named
     c.execute(update(packs).where(dead, packs.c.dead_at.is_(None)).values(dead_at=newest))
     c.execute(update(packs).where(packs.c.live > 0, packs.c.dead_at.is_not(None)).values(dead_at=None))
 
@@ -87,7 +88,13 @@ def collect(
 
 
 def _scan(database: Database, objects: Objects, out: Collected, progress: Progress) -> None:
-    """Delete objects that no row knows: a row is there before its object, so none is on its way."""
+    """Delete objects that no row knows: a row is there before its object, so none is on its way.
+
+    Not while dumps are kept that are newer than the one this database was loaded from: what they name it cannot know.
+    """
+    theirs = select(func.count()).select_from(dumps).where(dumps.c.foreign)
+    if database.query(lambda c: c.execute(theirs).scalar_one()):
+        return
     batch: dict[int, str] = {}
 
     def settle() -> None:
