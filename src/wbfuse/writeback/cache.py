@@ -52,9 +52,9 @@ class File:
         "retry_at", "synced", "syncing", "unlinked", "version", "waiters",
     )  # fmt: skip
 
-    def __init__(self, ino: int, attr: Attr, seal_bytes: int) -> None:
+    def __init__(self, ino: int, attr: Attr, seal_bytes: int, seal_early: bool) -> None:
         self.ino = ino
-        self.core = FileCache(ino, attr.size, attr.mtime_ns, seal_bytes)
+        self.core = FileCache(ino, attr.size, attr.mtime_ns, seal_bytes, seal_early)
         self.attr = attr
         """As the store last said; size and times are the core's."""
         self.attr_version = 0
@@ -123,6 +123,7 @@ class WritebackCache:
         limit = max(self.log.size - reserve, self.log.size // 4)
         self.limits = Limits(limit // 4, limit)
         self.seal_bytes = max(max_write, min(64 * MIB, limit // 16))
+        self.seal_early = store.capabilities.stages
         self.max_file_size = store.capabilities.max_file_size
         self.lock = threading.Lock()
         self.work = threading.Condition(self.lock)
@@ -225,7 +226,7 @@ class WritebackCache:
         f = self.files.get(ino)
         if f is None:
             self.store.hold(ino)
-            f = self.files[ino] = File(ino, attr, self.seal_bytes)
+            f = self.files[ino] = File(ino, attr, self.seal_bytes, self.seal_early)
         return f
 
     def closed(self, f: File) -> None:

@@ -60,15 +60,27 @@ class Generation:
 class FileCache:
     """What is known of one file beyond the store. Sizes and offsets in bytes, times in ns where they say so."""
 
-    __slots__ = ("_numbers", "atime_ns", "generations", "in_flight", "ino", "mtime_ns", "seal_bytes", "size")
+    __slots__ = (
+        "_numbers",
+        "atime_ns",
+        "generations",
+        "in_flight",
+        "ino",
+        "mtime_ns",
+        "seal_bytes",
+        "seal_early",
+        "size",
+    )
 
-    def __init__(self, ino: int, size: int, mtime_ns: int, seal_bytes: int) -> None:
+    def __init__(self, ino: int, size: int, mtime_ns: int, seal_bytes: int, seal_early: bool = False) -> None:
         self.ino = ino
         self.size = size
         self.mtime_ns = mtime_ns
         self.atime_ns: int | None = None
         """Where it was set and is not committed yet."""
         self.seal_bytes = seal_bytes
+        self.seal_early = seal_early
+        """The store takes the bytes of a generation while the one before it is being committed."""
         self.generations: list[Generation] = []
         """Oldest first; the last may be open."""
         self.in_flight = False
@@ -83,7 +95,13 @@ class FileCache:
         return self.generations[-1]
 
     def _full(self, g: Generation) -> None:
-        if g.extents.bytes >= self.seal_bytes or len(g.extents) >= MAX_EXTENTS or len(g.tokens) >= MAX_EXTENTS:
+        # Where little waits, the first bytes leave early; where much does, generations are large.
+        early = self.seal_early and len(self.generations) <= 2
+        if (
+            g.extents.bytes >= (self.seal_bytes >> 2 if early else self.seal_bytes)
+            or len(g.extents) >= MAX_EXTENTS
+            or len(g.tokens) >= MAX_EXTENTS
+        ):
             g.sealed = True
 
     def write(
