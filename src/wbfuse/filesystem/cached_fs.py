@@ -30,13 +30,12 @@ from wbfuse.wire.constants import (
     FALLOC_PUNCH_HOLE,
     FALLOC_ZERO_RANGE,
     FATTR_ATIME,
-    FATTR_ATIME_NOW,
     FATTR_CTIME,
+    FATTR_FH,
     FATTR_GID,
     FATTR_KILL_SUIDGID,
     FATTR_MODE,
     FATTR_MTIME,
-    FATTR_MTIME_NOW,
     FATTR_SIZE,
     FATTR_UID,
     OPEN_KILL_SUIDGID,
@@ -52,7 +51,7 @@ from wbfuse.writeback.extents import HOLE
 from wbfuse.writeback.file import STORE
 from wbfuse.writeback.log import LogFull
 
-_TIMES = FATTR_ATIME | FATTR_MTIME | FATTR_ATIME_NOW | FATTR_MTIME_NOW | FATTR_CTIME
+_KERNELS_TIMES = FATTR_MTIME | FATTR_CTIME | FATTR_FH
 _SLOW_CHANGES = FATTR_MODE | FATTR_UID | FATTR_GID | FATTR_KILL_SUIDGID
 
 
@@ -71,7 +70,6 @@ class CachedFileSystem(StoreFileSystem):
         self.engine = engine
         self.kernel_writeback = kernel_writeback
         self._durable_commits = store.capabilities.atomic_commit
-        self._late_times = store.capabilities.group_bytes > 0 and not store.capabilities.shared
         self.capabilities = StoreFileSystem.capabilities | Cap.HAS_RESEND
         if kernel_writeback:
             # Sizes and times are the kernel's own now: AUTO_INVAL_DATA would do nothing.
@@ -156,8 +154,9 @@ class CachedFileSystem(StoreFileSystem):
         if valid & _SLOW_CHANGES and not request.blocking:
             raise WouldBlock
         f = self._file(request, ino) if valid & FATTR_SIZE else self.cache.files.get(ino)
-        if f is None and self._late_times and not valid & ~_TIMES:
-            f = self._file(request, ino)  # so that they go with others in one commit
+        same = self._same_times(request, f, change)
+        if same is not None:
+            return same
         if f is None:
             if not request.blocking:
                 raise WouldBlock
@@ -181,6 +180,19 @@ class CachedFileSystem(StoreFileSystem):
         if at_once:
             self._commit_now(ino)
         return f.shown()
+
+    def _same_times(self, request: Request, f: File | None, change: wire.Setattr) -> Attr | None:
+        """The kernel repeats the mtime that it was given when it writes back the ctime of a rename or unlink."""
+        if change.valid & ~_KERNELS_TIMES or not change.valid & FATTR_MTIME:
+            return None
+        if f is not None:
+            known = f.shown()
+        else:
+            try:
+                known = self.store.getattr(request.nodeid, nowait=not request.blocking)
+            except BlockingIOError:
+                return None
+        return known if known.mtime_ns == change.mtime_ns else None
 
     @staticmethod
     def _noted(change: Callable[..., None], request: Request, f: File, *arguments: Any) -> None:
