@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import func, insert, select, update
 
 from wbfuse.store.contract import ROOT_INO, Piece, Round
 from wbfuse.store.volume import VolumeError, VolumeStore, format_volume
@@ -18,7 +18,7 @@ from wbfuse.store.volume.admin.dump import dump_to_bucket, load_dump, read_dump
 from wbfuse.store.volume.admin.gc import collect
 from wbfuse.store.volume.database import Database
 from wbfuse.store.volume.layout import FRAME
-from wbfuse.store.volume.schema import extents, packs, settings
+from wbfuse.store.volume.schema import dentries, extents, inodes, packs, settings
 from wbfuse.testing.store import ME, StoreContract, fails_with, put, read_all
 
 
@@ -212,3 +212,29 @@ def test_a_quiet_file_of_random_writes_is_compacted(volume_store: VolumeStore) -
     assert store.compactor.compact(ino) == 3
     assert count(store, extents) == 3
     assert read_all(store, ino, size) == bytes(data)
+
+
+def test_a_directory_of_very_many_names(volume_store: VolumeStore) -> None:
+    store = volume_store
+    d, _ = store.mkdir(ROOT_INO, b"many", 0o755, ME)
+    first, _ = store.create(d, b"f", 0o644, ME)
+    n = 100_000
+    row = dict(store.database.query(lambda c: c.execute(select(inodes).where(inodes.c.ino == first)).one())._mapping)
+    base = store.session.ids(n)
+
+    def fill(c: object) -> None:
+        numbers = range(base, base + n)
+        c.execute(insert(inodes), [row | {"ino": i} for i in numbers])  # type: ignore[attr-defined]
+        names = [{"parent": d, "name": b"f%d" % i, "ino": i, "type": 8, "cookie": i} for i in numbers]
+        c.execute(insert(dentries), names)  # type: ignore[attr-defined]
+
+    store.database.transact(fill)
+    store.close()
+    store.__init__(store.database.url.render_as_string())  # type: ignore[misc]
+    assert store.lookup(ROOT_INO, b"many")[0] == d
+    listed = [e.name for e in store.readdir(d, 0)]
+    assert len(listed) == len(set(listed)) == n + 3
+    assert store.lookup(d, b"f%d" % (base + n - 1))[0] == base + n - 1
+    assert fails_with(errno.ENOENT, lambda: store.lookup(d, b"missing"))
+    assert store.unlink(d, b"f%d" % base) == (base, 0)
+    assert sum(1 for _ in store.readdir(d, 0)) == n + 2

@@ -1,8 +1,10 @@
-"""`make demo`: the main job, seen. A real disk image is copied into a slow directory three ways, side by side.
+"""`make demo`: the main job, seen. A real disk image is copied into a slow volume three ways, side by side.
 
-Builds an ext4 image of 512 MiB filled with the machine's own Python library, mounts a directory behind --slow as
-write-through, write-back, and write-back with --on-close background, copies the image into each, and checks what
-arrived: sha256, e2fsck, and a file read out of the image loop-mounted from the mount itself.
+    python -m wbfuse.cli.demo [volume | directory]
+
+Builds an ext4 image of 512 MiB filled with the machine's own Python library, mounts a volume (or a directory) behind
+--slow as write-through, write-back, and write-back with --on-close background, copies the image into each, and checks
+what arrived: sha256, e2fsck, and a file read out of the image loop-mounted from the mount itself.
 """
 
 from __future__ import annotations
@@ -107,13 +109,47 @@ class ColdReads(threading.Thread):
         return self.worst
 
 
-def copy_into(kind: str, image: str, work: str, bar: Progress, task: TaskID) -> Result:
-    """Mount, copy, wait until durable, check, unmount."""
-    source, mountpoint = os.path.join(work, "slow"), os.path.join(work, "mnt")
-    os.makedirs(source, exist_ok=True)
-    os.makedirs(mountpoint, exist_ok=True)
-    with open(os.path.join(source, "cold"), "wb") as f:
+def new_source(store: str, work: str) -> str:
+    """A fresh volume or directory with a file of 64 MiB that nobody has read."""
+    place, mountpoint = os.path.join(work, "slow"), os.path.join(work, "mnt")
+    shutil.rmtree(place, ignore_errors=True)
+    os.makedirs(place)
+    source, where = place, place
+    if store == "volume":
+        source, where = f"sqlite:///{place}/meta.db", mountpoint
+        wbfuse("format", source, "--data", f"file://{place}/objects")
+        wbfuse("mount", source, mountpoint, "--log-size", "128MiB")
+    with open(os.path.join(where, "cold"), "wb") as f:
         f.write(os.urandom(64 * MIB))
+    if store == "volume":
+        wbfuse("umount", mountpoint)
+    return source
+
+
+def check_stored(kind: str, source: str, image: str, work: str, result: Result) -> None:
+    """What the store holds is what was copied, byte for byte and as ext4; a volume is seen by a new mount."""
+    mountpoint = os.path.join(work, "mnt")
+    volume = "://" in source
+    if volume:
+        wbfuse("mount", source, mountpoint, "--log-size", "128MiB")
+    stored = os.path.join(mountpoint if volume else source, "disk.img")
+    if sha256(stored) != sha256(image):
+        raise SystemExit(f"{kind}: the stored image differs from what was copied")
+    checked = subprocess.run(["e2fsck", "-fn", stored], capture_output=True, text=True, check=False)
+    if checked.returncode != 0:
+        raise SystemExit(f"{kind}: e2fsck: {checked.stdout}{checked.stderr}")
+    result.checks += ["sha256 equal", "e2fsck clean"]
+    if volume:
+        wbfuse("umount", mountpoint)
+        wbfuse("check", source)  # fails where anything is wrong
+        result.checks.append("wbfuse check clean")
+
+
+def copy_into(kind: str, store: str, image: str, work: str, bar: Progress, task: TaskID) -> Result:
+    """Mount, copy, wait until durable, check, unmount."""
+    mountpoint = os.path.join(work, "mnt")
+    os.makedirs(mountpoint, exist_ok=True)
+    source = new_source(store, work)
     log = f"{2 * IMAGE_MIB + 256}MiB"
     wbfuse("mount", source, mountpoint, "--slow", SLOW, "--log-size", log, *KINDS[kind])
     result = Result()
@@ -143,14 +179,7 @@ def copy_into(kind: str, image: str, work: str, bar: Progress, task: TaskID) -> 
         subprocess.run(["umount", "-l", mountpoint], check=False)  # what went wrong is on its way up
         raise
     wbfuse("umount", mountpoint)
-    stored = os.path.join(source, "disk.img")
-    if sha256(stored) != sha256(image):
-        raise SystemExit(f"{kind}: the stored image differs from what was copied")
-    checked = subprocess.run(["e2fsck", "-fn", stored], capture_output=True, text=True, check=False)
-    if checked.returncode != 0:
-        raise SystemExit(f"{kind}: e2fsck: {checked.stdout}{checked.stderr}")
-    result.checks += ["sha256 equal", "e2fsck clean"]
-    os.unlink(stored)
+    check_stored(kind, source, image, work, result)
     return result
 
 
@@ -177,6 +206,9 @@ def clean_up(work: str) -> None:
 
 
 def main() -> None:
+    store = sys.argv[1] if len(sys.argv) > 1 else "volume"
+    if store not in ("volume", "directory"):
+        raise SystemExit(f"{store}: the demo runs on a volume or on a directory")
     console = Console()
     if os.geteuid() != 0:
         raise SystemExit("the demo needs root: it mounts, and loop-mounts an image")
@@ -193,9 +225,9 @@ def main() -> None:
         with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
             for kind in KINDS:
                 task = bar.add_task(kind, total=os.path.getsize(image))
-                results[kind] = copy_into(kind, image, work, bar, task)
+                results[kind] = copy_into(kind, store, image, work, bar, task)
                 bar.update(task, completed=os.path.getsize(image))
-        table = Table(title=f"cp of a {IMAGE_MIB} MiB disk image into a directory behind --slow {SLOW}")
+        table = Table(title=f"cp of a {IMAGE_MIB} MiB disk image into a {store} behind --slow {SLOW}")
         table.add_column("")
         for kind in results:
             table.add_column(kind, justify="right")
