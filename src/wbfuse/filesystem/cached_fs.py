@@ -69,6 +69,8 @@ class CachedFileSystem(StoreFileSystem):
         self.cache = cache
         self.engine = engine
         self.kernel_writeback = kernel_writeback
+        if store.capabilities.quick_names:
+            self.inline = type(self).inline | {"lookup"}
         self._durable_commits = store.capabilities.atomic_commit
         self.capabilities = StoreFileSystem.capabilities | Cap.HAS_RESEND
         if kernel_writeback:
@@ -133,7 +135,10 @@ class CachedFileSystem(StoreFileSystem):
     def lookup(self, request: Request, name: bytes) -> Entry:
         while True:
             epoch = self.cache.epoch
-            ino, attr = self.store.lookup(request.nodeid, name)
+            try:
+                ino, attr = self.store.lookup(request.nodeid, name, nowait=not request.blocking)
+            except BlockingIOError:
+                raise WouldBlock from None
             if not self.cache.let_go_since(epoch, ino):
                 return self._entry((ino, attr))
             self.store.forget(ino, 1)

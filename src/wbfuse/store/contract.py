@@ -48,6 +48,8 @@ class Capabilities:
     """Rounds of many files with so many bytes together are best committed in one call; 0: one by one."""
     clones: bool = False
     """`copy_range` moves no bytes, so it is worth committing first what is not committed yet."""
+    quick_names: bool = False
+    """Most lookups can be answered without waiting."""
     shared: bool = False
     """Other hosts change it too."""
     attr_timeout: float = 1.0
@@ -117,7 +119,8 @@ class Store(ABC):
     # names
 
     @abstractmethod
-    def lookup(self, parent: int, name: bytes) -> Found: ...
+    def lookup(self, parent: int, name: bytes, nowait: bool = False) -> Found:
+        """With `nowait`, raises BlockingIOError rather than wait."""
 
     @abstractmethod
     def forget(self, ino: int, nlookup: int = 1) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from wbfuse.store.contract import Buffer, Capabilities, Progress, Round, Store
+from wbfuse.store.contract import Buffer, Capabilities, Found, Progress, Round, Store
 from wbfuse.wire.types import Attr, Dirent
 
 _SLICE_SECONDS = 0.005
@@ -104,6 +104,13 @@ class ShapedStore:
 
         setattr(self, name, method)
         return method
+
+    def lookup(self, parent: int, name: bytes, nowait: bool = False) -> Found:
+        if nowait and self._shape.slow:
+            raise BlockingIOError(errno.EAGAIN, "a slow store always waits")
+        if self._shape.delay:
+            time.sleep(self._shape.delay)
+        return self._store.lookup(parent, name, nowait)
 
     def _carry(self, size: int) -> None:
         if self._shape.delay:

@@ -187,7 +187,9 @@ class DirectoryStore(DirectoryData, Store):
                 attr.nlink -= 1
         return node.ino, attr
 
-    def lookup(self, parent: int, name: bytes) -> Found:
+    def lookup(self, parent: int, name: bytes, nowait: bool = False) -> Found:
+        if nowait:
+            raise BlockingIOError(errno.EAGAIN, "the directory must be asked")
         if parent == ROOT_INO and name == PRIVATE:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), name)
         self._check(parent, name)

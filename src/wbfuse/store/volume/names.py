@@ -129,13 +129,15 @@ class VolumeNames:
 
     # reading
 
-    def lookup(self, parent: int, name: bytes) -> Found:
+    def lookup(self, parent: int, name: bytes, nowait: bool = False) -> Found:
         check_name(name)
         found = self.nodes.find(parent, name)
         if found is not None:
             return found
         if self.nodes.absent(parent, name):
             raise fail(errno.ENOENT, name)
+        if nowait:
+            raise BlockingIOError(errno.EAGAIN, "the database must be asked")
         stamp = self.nodes.stamp(parent)
         row = self.database.query(lambda c: c.execute(_LOOKUP, {"p": parent, "n": name}).first())
         if row is None:

@@ -197,7 +197,8 @@ class VolumeStore(VolumeData, Store):
     def capabilities(self) -> Capabilities:
         return Capabilities(
             atomic_commit=True, preferred_piece=self.pack_size, max_file_size=MAX_SIZE, stages=True,
-            group_bytes=self.pack_size, clones=True, shared=self.leases is not None, attr_timeout=self._attr_timeout,
+            group_bytes=self.pack_size, clones=True, quick_names=True, shared=self.leases is not None,
+            attr_timeout=self._attr_timeout,
         )  # fmt: skip
 
     def close(self) -> None:
