@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import delete, func, insert, select, update
 
-from wbfuse.store.contract import ROOT_INO, Piece, Round
+from wbfuse.store.contract import ROOT_INO, FencedError, Piece, Round
 from wbfuse.store.volume import VolumeError, VolumeStore, format_volume
 from wbfuse.store.volume.admin.check import check
 from wbfuse.store.volume.admin.dump import dump_to_bucket, load_dump, read_dump
@@ -238,3 +238,12 @@ def test_a_directory_of_very_many_names(volume_store: VolumeStore) -> None:
     assert fails_with(errno.ENOENT, lambda: store.lookup(d, b"missing"))
     assert store.unlink(d, b"f%d" % base) == (base, 0)
     assert sum(1 for _ in store.readdir(d, 0)) == n + 2
+
+
+def test_bytes_of_a_file_that_is_not_there_any_more_are_not_tried_for_ever(volume_store: VolumeStore) -> None:
+    """The cache sets them aside: that is what FencedError asks for."""
+    store = volume_store
+    ino, _ = store.create(ROOT_INO, b"a", 0o644, ME)
+    store.database.transact(lambda c: c.execute(delete(inodes).where(inodes.c.ino == ino)))
+    with pytest.raises(FencedError, match="not in the volume"):
+        put(store, ino, b"data")

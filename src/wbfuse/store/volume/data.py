@@ -19,7 +19,7 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
-from wbfuse.store.contract import Buffer, Piece, Progress, Round
+from wbfuse.store.contract import Buffer, FencedError, Piece, Progress, Round
 from wbfuse.store.volume.clone import VolumeClones, share
 from wbfuse.store.volume.compact import Compactor
 from wbfuse.store.volume.database import Database
@@ -365,8 +365,8 @@ class VolumeData(VolumeClones):
             out = []
             for i, round_ in ordered:
                 row = found.get(round_.ino)
-                if row is None:
-                    raise fail(errno.ESTALE)
+                if row is None:  # its bytes can never be committed; somebody may still want them
+                    raise FencedError(f"node {round_.ino} is not in the volume any more")
                 out.append(self._apply(c, row, round_, spare + i, live, now))
             sizes: dict[int, int | None] = {}
             for round_ in rounds:
