@@ -16,6 +16,7 @@ from wbfuse.store.volume import VolumeError, VolumeStore, format_volume
 from wbfuse.store.volume.admin.check import check
 from wbfuse.store.volume.admin.dump import dump_to_bucket, load_dump, read_dump
 from wbfuse.store.volume.admin.gc import collect
+from wbfuse.store.volume.compact import thin_inodes
 from wbfuse.store.volume.database import Database
 from wbfuse.store.volume.layout import FRAME
 from wbfuse.store.volume.schema import dentries, extents, inodes, packs, settings
@@ -247,3 +248,21 @@ def test_bytes_of_a_file_that_is_not_there_any_more_are_not_tried_for_ever(volum
     store.database.transact(lambda c: c.execute(delete(inodes).where(inodes.c.ino == ino)))
     with pytest.raises(FencedError, match="not in the volume"):
         put(store, ino, b"data")
+
+
+def test_a_pack_that_is_mostly_dead_is_emptied_and_collected(volume_store: VolumeStore) -> None:
+    store = volume_store
+    made = [store.create(ROOT_INO, b"f%d" % i, 0o644, ME)[0] for i in range(10)]
+    data = {ino: os.urandom(FRAME) for ino in made}
+    rounds = [Round(ino, None, [Piece(0, FRAME, [memoryview(data[ino])])], FRAME) for ino in made]
+    store.commit(rounds, lambda _n: None)
+    (shared,) = objects_of(store)
+    assert store.database.query(lambda c: thin_inodes(c, 10)) == []
+    for i in range(9):
+        store.truncate(made[i], 0)
+    assert store.database.query(lambda c: thin_inodes(c, 10)) == [made[9]]
+    assert store.compactor.compact(made[9]) == 1
+    collect(store.database, store.objects)
+    assert shared not in objects_of(store)
+    assert read_all(store, made[9], FRAME) == data[made[9]]
+    assert store.database.query(lambda c: thin_inodes(c, 10)) == []

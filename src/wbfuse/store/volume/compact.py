@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 _QUIET = 10.0
 _SPARSE = 4
 """A pack is emptied where less than one part in so many of it is live."""
+_TIDY_SECONDS, _THIN_AT_ONCE = 60.0, 64
+"""How often packs that are mostly dead are looked for, and in how many files at a time."""
 
 
 def crowded(c: Connection, layer: int, most: int) -> list[int]:
@@ -37,10 +39,21 @@ def crowded(c: Connection, layer: int, most: int) -> list[int]:
     return [int(r) for r in c.execute(rows.order_by(n)).scalars()]
 
 
-def sparse_inodes(c: Connection, limit: int) -> list[int]:
-    """Files that have bytes in packs that are mostly dead."""
-    thin = select(packs.c.pack).where(packs.c.state == LIVE, packs.c.live > 0, packs.c.live * _SPARSE < packs.c.size)
-    found = select(inodes.c.ino).join(extents, extents.c.layer == inodes.c.layer).where(extents.c.pack.in_(thin))
+_THIN = select(packs.c.pack).where(packs.c.state == LIVE, packs.c.live > 0, packs.c.live * _SPARSE < packs.c.size)
+
+
+def thin_windows(c: Connection, layer: int) -> list[int]:
+    """Numbers of the windows of a layer that have bytes in packs that are mostly dead."""
+    n = extents.c.start // WINDOW
+    return [
+        int(r)
+        for r in c.execute(select(n).where(extents.c.layer == layer, extents.c.pack.in_(_THIN)).distinct()).scalars()
+    ]
+
+
+def thin_inodes(c: Connection, limit: int) -> list[int]:
+    """Files that have bytes of their own in packs that are mostly dead."""
+    found = select(inodes.c.ino).join(extents, extents.c.layer == inodes.c.layer).where(extents.c.pack.in_(_THIN))
     return list(c.execute(found.distinct().limit(limit)).scalars())
 
 
@@ -81,8 +94,13 @@ class Compactor:
         return found
 
     def _run(self) -> None:
+        tidy_at = self._clock() + _TIDY_SECONDS
         while not self._ended.wait(min(1.0, self._quiet / 4)):
-            for ino in self._due():
+            due = self._due()
+            if self._clock() >= tidy_at:
+                tidy_at = self._clock() + _TIDY_SECONDS
+                due += self._thin()
+            for ino in due:
                 try:
                     self.compact(ino)
                 except OSError as e:
@@ -90,6 +108,14 @@ class Compactor:
                         log.warning("compaction of node %d: %s", ino, e)
                 except Exception:
                     log.exception("compaction of node %d", ino)
+
+    def _thin(self) -> list[int]:
+        try:
+            found: list[int] = self._store.database.query(lambda c: thin_inodes(c, _THIN_AT_ONCE))
+            return found
+        except OSError as e:
+            log.warning("compaction: %s", e)
+            return []
 
     def compact(self, ino: int) -> int:
         """Bring a file's map to few rows. Answers how many windows were rewritten."""
@@ -103,18 +129,19 @@ class Compactor:
             return 0
         most = max(1, WINDOW // self._store.pack_size)
         done = 0
-        for number in database.query(lambda c: crowded(c, layer, most)):
+        thin = set(database.query(lambda c: thin_windows(c, layer)))
+        for number in sorted({*thin, *database.query(lambda c: crowded(c, layer, most))}):
             if self._ended.is_set():
                 break
             began = self._clock()
-            size = self._rewrite(ino, layer, number)
+            size = self._rewrite(ino, layer, number, number in thin)
             done += size > 0
             self.bytes += size
             if self._rate > 0:
                 self._ended.wait(max(0.0, size / self._rate - (self._clock() - began)))
         return done
 
-    def _rewrite(self, ino: int, layer: int, number: int) -> int:
+    def _rewrite(self, ino: int, layer: int, number: int, thin: bool) -> int:
         """One window. Answers the bytes written, 0 where it was left alone."""
         store = self._store
         start, end = number * WINDOW, (number + 1) * WINDOW
@@ -127,7 +154,7 @@ class Compactor:
                 pieces[-1].length += b - a
             else:
                 pieces.append(Piece(a, b - a, []))
-        if len(pieces) >= len(before):
+        if not pieces or (len(pieces) >= len(before) and not thin):
             return 0  # holes between them: nothing would be gained
         for piece in pieces:
             buffer = memoryview(bytearray(piece.length))
