@@ -209,6 +209,10 @@ def test_a_host_that_is_cut_off_is_fenced_and_nothing_is_mixed(hosts: list[Host]
         os.close(fd)
         assert (b.path / "f").read_bytes()[:BLOCK] == b"S" * BLOCK
     assert wait_until(lambda: "in postgresql://" in a.recover())
+    told = wbfuse("sync", str(a.path))
+    assert told.returncode == 1
+    assert "wbfuse recover" in told.stderr
+    assert wbfuse("sync", str(a.path)).returncode == 0, "once is enough"
     export = a.path.parent / "exported"
     name = a.recover().split()[0]
     a.recover(name, "--export", str(export))

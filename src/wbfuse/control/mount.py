@@ -98,6 +98,8 @@ class Mount:
         self._impatient = threading.Event()
         self.lost = 0
         """Bytes that were given up at the end."""
+        self._aside: list[str] = []
+        """Quarantine entries of which no sync has told yet."""
         self.journal = Journal()
         self._store: Any = open_store(spec, self.journal)
         store, self._meter = shaped(self._store, spec.shape)
@@ -159,6 +161,7 @@ class Mount:
             path = ""  # the database may be just what cannot be reached
         directory = quarantine.default_directory()
         name = quarantine.keep(directory, self.spec.name, ino, path, size, rounds)
+        self._aside.append(name)
         log.error("%s: what was not committed is kept in quarantine; see: wbfuse recover %s", path or ino, name)
 
     def _kernel_share(self) -> int:
@@ -246,6 +249,9 @@ class Mount:
         if failed:
             ino, code = failed[0]
             raise OSError(code, f"{len(failed)} files could not be written, node {ino}: {os.strerror(code)}")
+        aside, self._aside = self._aside, []
+        if aside:  # told once, as an fsync would
+            raise OSError(errno.EIO, f"{len(aside)} files were set aside, see: wbfuse recover {aside[0]}")
 
     def _drain(self) -> None:
         """After the last request: write what is left, as often as it takes, unless told twice to end."""
