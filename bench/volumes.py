@@ -168,7 +168,7 @@ import os, sys, time
 from sqlalchemy import insert
 from wbfuse.store.contract import ROOT_INO, Owner, Piece, Round
 from wbfuse.store.volume import Tuning, VolumeStore, format_volume
-from wbfuse.store.volume.data import _as_row
+from wbfuse.store.volume.rows import as_row
 from wbfuse.store.volume.maps import rows_in
 from wbfuse.store.volume.schema import extents, packs, inodes
 from sqlalchemy import update
@@ -184,7 +184,7 @@ store.commit([Round(ino, None, [Piece(0, 4096, [memoryview(os.urandom(4096))])],
 row = store.database.query(lambda c: c.execute(inodes.select().where(inodes.c.ino == ino)).one())
 first, = store.database.query(lambda c: rows_in(c, row.layer, 0, 4096))
 for at in range(1, count, 20000):  # rows as random writes leave them, all of one frame: what counts here is how many
-    some = [_as_row(row.layer, first._replace(start=8192 * i)) for i in range(at, min(count, at + 20000))]
+    some = [as_row(row.layer, first._replace(start=8192 * i)) for i in range(at, min(count, at + 20000))]
     def fill(c):
         c.execute(insert(extents), some)
         c.execute(update(packs).where(packs.c.pack == first.pack).values(live=packs.c.live + 4096 * len(some)))

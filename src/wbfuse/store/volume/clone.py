@@ -14,8 +14,8 @@ from typing import Any
 from sqlalchemy import Connection, insert, select, update
 
 from wbfuse.store.contract import ROOT_INO
-from wbfuse.store.volume.maps import layer_row
 from wbfuse.store.volume.names import VolumeNames, check_name, fail
+from wbfuse.store.volume.rows import layer_row
 from wbfuse.store.volume.schema import dentries, extents, inodes, layers, xattrs
 
 _AT_ONCE = 500

@@ -20,7 +20,8 @@ from sqlalchemy import Connection, func, select
 
 from wbfuse.store.contract import Piece, Round
 from wbfuse.store.volume.layout import HOLE, Extent, without_gaps
-from wbfuse.store.volume.maps import WINDOW, rows_in
+from wbfuse.store.volume.maps import WINDOW
+from wbfuse.store.volume.rows import rows_in
 from wbfuse.store.volume.schema import LIVE, extents, inodes, packs
 
 log = logging.getLogger(__name__)

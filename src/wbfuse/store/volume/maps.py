@@ -1,105 +1,25 @@
-"""Maps of files as they stand in the database: rows by range, through layers, and windows of them kept in memory.
+"""Maps of files in memory: windows of 16 MiB of a file, as they were resolved.
 
-A window is the resolved map of 16 MiB of a file. Few are kept, so memory does not grow with files; a commit drops the
-windows that it touches. Windows loaded while one was dropped are not kept (`stamp`).
+Few are kept, so memory does not grow with files; a commit drops the windows that it touches. Windows loaded while one
+was dropped are not kept (`stamp`).
 
 Lock: `_lock` guards the windows, for an instant.
 """
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
-from sqlalchemy import Connection, bindparam, func, select, text
-
-from wbfuse.store.volume.layout import HOLE, MAX_EXTENT, Extent, without_gaps
-from wbfuse.store.volume.schema import extents, layers
+from wbfuse.store.volume.layout import MAX_EXTENT, Extent
 
 WINDOW = MAX_EXTENT
 _ROWS = 100_000
 """Rows kept in all windows together."""
 _FILES = 50_000
 """Files of which it is remembered when they changed."""
-
-COLUMNS = (extents.c.start, extents.c.length, extents.c.pack, extents.c.offset, extents.c.skip, extents.c.frames)
-_BEFORE = (
-    select(func.max(extents.c.start))
-    .where(extents.c.layer == bindparam("l"), extents.c.start <= bindparam("a"))
-    .scalar_subquery()
-)
-_RANGE = (
-    select(*COLUMNS)
-    .where(
-        extents.c.layer == bindparam("l"), extents.c.start < bindparam("b"),
-        extents.c.start >= func.coalesce(_BEFORE, bindparam("a")),
-    )
-    .order_by(extents.c.start)
-)  # fmt: skip
-_LAYER = select(layers).where(layers.c.layer == bindparam("l"))
-
-# Rows that touch any of many ranges, in one statement: each database has its own way to take a list as one parameter.
 _FEW = 4
-_MANY = {
-    True: text(
-        "select e.start, e.length, e.pack, e.offset, e.skip, e.frames from json_each(:r) as r, extents as e "
-        "where e.layer = :l and e.start < json_extract(r.value, '$[1]') and e.start >= coalesce((select max(p.start) "
-        "from extents as p where p.layer = :l and p.start <= json_extract(r.value, '$[0]')), "
-        "json_extract(r.value, '$[0]'))"
-    ),
-    False: text(
-        "select e.* from json_array_elements(cast(:r as json)) as r cross join lateral ("
-        'select e.start, e.length, e.pack, e."offset", e.skip, e.frames from extents as e '
-        "where e.layer = :l and e.start < cast(r->>1 as bigint) and e.start >= coalesce((select max(p.start) "
-        "from extents as p where p.layer = :l and p.start <= cast(r->>0 as bigint)), cast(r->>0 as bigint))) as e"
-    ),
-}
-
-
-def _extent(row: Any) -> Extent:
-    return Extent(row[0], row[1], row[2], row[3], row[4], bytes(row[5]))
-
-
-def rows_in(c: Connection, layer: int, start: int, end: int) -> list[Extent]:
-    """The rows of one layer that reach into [start, end), in order."""
-    found = [_extent(r) for r in c.execute(_RANGE, {"l": layer, "a": start, "b": end})]
-    return found[1:] if found and found[0].end <= start else found
-
-
-def rows_touched(c: Connection, layer: int, ranges: Sequence[tuple[int, int]], sqlite: bool) -> list[Extent]:
-    """The rows of one layer that reach into any of these ranges, in order."""
-    if len(ranges) <= _FEW:
-        found = {e.start: e for a, b in ranges for e in rows_in(c, layer, a, b)}
-    else:
-        rows = c.execute(_MANY[sqlite], {"l": layer, "r": json.dumps(ranges)})
-        found = {r[0]: _extent(r) for r in rows}
-    return sorted(found.values())
-
-
-def layer_row(c: Connection, layer: int) -> Any:
-    return c.execute(_LAYER, {"l": layer}).one()
-
-
-def resolve(c: Connection, layer: int, start: int, end: int) -> list[Extent]:
-    """What a file with this top layer shows in [start, end), cut to it, without holes, in order."""
-    out: list[Extent] = []
-    gaps = [(start, end)] if start < end else []
-    while layer and gaps:
-        row = layer_row(c, layer)
-        rest: list[tuple[int, int]] = []
-        for low, high in gaps:
-            for a, b, extent in without_gaps(rows_in(c, layer, low, high), low, high):
-                if extent is None:
-                    if row.base and a < row.base_size:
-                        rest.append((a, min(b, row.base_size)))
-                elif extent.pack != HOLE:
-                    out.append(extent)
-        gaps, layer = rest, row.base
-    out.sort()
-    return out
 
 
 class Maps:

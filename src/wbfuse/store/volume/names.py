@@ -20,7 +20,9 @@ from sqlalchemy import Connection, bindparam, delete, insert, select, update
 from wbfuse.store.contract import ROOT_INO, Change, Found, Owner
 from wbfuse.store.volume.database import Database
 from wbfuse.store.volume.leases import Leases, holder_of
+from wbfuse.store.volume.maps import Maps
 from wbfuse.store.volume.nodes import Nodes
+from wbfuse.store.volume.reaper import Reaper
 from wbfuse.store.volume.schema import dentries, inodes, orphans, settings, xattrs
 from wbfuse.store.volume.sessions import Session
 from wbfuse.wire.constants import RENAME_EXCHANGE, RENAME_NOREPLACE
@@ -96,6 +98,8 @@ class VolumeNames:
     database: Database
     session: Session
     nodes: Nodes
+    maps: Maps
+    reaper: Reaper
     leases: Leases | None
     """None where the mount has the whole volume."""
 
@@ -106,8 +110,9 @@ class VolumeNames:
         """Guards `_name_changes`, for an instant."""
 
     def removed(self, ino: int) -> None:
-        """A file has neither names nor opens: its bytes may go. (data)"""
-        raise NotImplementedError
+        """A file has neither names nor opens: its bytes may go."""
+        self.maps.changed(ino, None)
+        self.reaper.put_inodes([ino])
 
     def _do(self, act: Any, *changes: tuple[int, bytes]) -> Any:
         """Run a changing transaction. It answers (result, rows, [(parent, name, ino or None)])."""

@@ -9,6 +9,7 @@ import stat
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,18 +17,21 @@ from sqlalchemy import func, insert, inspect, select
 
 from wbfuse.store.contract import ROOT_INO, Capabilities, SourceError, Store
 from wbfuse.store.volume.compact import Compactor
-from wbfuse.store.volume.data import MAX_SIZE, VolumeData
+from wbfuse.store.volume.data import VolumeData
 from wbfuse.store.volume.database import Database, DatabaseError
 from wbfuse.store.volume.frames import DiskCache, FrameCache
 from wbfuse.store.volume.housekeeping import Housekeeper
 from wbfuse.store.volume.leases import Leases
+from wbfuse.store.volume.maps import Maps
 from wbfuse.store.volume.names import MOVES
 from wbfuse.store.volume.nodes import Nodes
 from wbfuse.store.volume.objects import Objects, ObjectsError, explain
 from wbfuse.store.volume.packer import COMPRESS
 from wbfuse.store.volume.reaper import Reaper, leftovers
+from wbfuse.store.volume.rows import MAX_SIZE
 from wbfuse.store.volume.schema import VERSION, counters, inodes, metadata, packs, settings
 from wbfuse.store.volume.sessions import Session, VolumeBusyError
+from wbfuse.store.volume.staging import Staging
 from wbfuse.wire.types import Statfs
 
 log = logging.getLogger(__name__)
@@ -37,6 +41,7 @@ PACK_SIZE = 16 * MIB
 MARK = "wbfuse-volume"
 """The object that says which volume a prefix belongs to."""
 _FIRST_ID = 1024
+_UPLOADS = 8
 _STATFS_SECONDS = 5.0
 _PLENTY = 1 << 50
 SECRET = re.compile(r"secret|token|password|key", re.IGNORECASE)
@@ -179,8 +184,14 @@ class VolumeStore(VolumeData, Store):
         if tuning.shared:
             self.leases = Leases(self.database, self.session, tuning.lease_wait, self.removed, self.nodes.held)
         self._init_names()
-        self._init_data(min(tuning.readahead, tuning.memory // 4))
+        self._init_reads(min(tuning.readahead, tuning.memory // 4))
+        self.maps = Maps()
         self.reaper = Reaper(self.database, self.objects, self.session.number)
+        self.workers = ThreadPoolExecutor(_UPLOADS, "upload")
+        self.staging = Staging(
+            self.database, self.session, self.objects, self.frames, self.pack_size, self.compress, self.workers,
+            self.reaper.put_packs,
+        )  # fmt: skip
         self.compactor = Compactor(self, tuning.compact_rate)
         self.housekeeper = Housekeeper(self.database, self.objects, tuning.dump_interval)
         self._statfs: tuple[float, int] = (-1e9, 0)
@@ -207,7 +218,8 @@ class VolumeStore(VolumeData, Store):
         if self.leases is not None:
             self.leases.close()
         self.reaper.close()
-        self._close_data()
+        self.workers.shutdown()
+        self.frames.close()
         self.session.close()
         self.database.close()
 
@@ -217,13 +229,6 @@ class VolumeStore(VolumeData, Store):
             "bytes_fetched": cache.fetched, "frame_hits": cache.hits, "frame_misses": cache.misses,
             "bytes_compacted": self.compactor.bytes,
         }  # fmt: skip
-
-    def removed(self, ino: int) -> None:
-        self.maps.changed(ino, None)
-        self.reaper.put_inodes([ino])
-
-    def abandoned(self, numbers: list[int]) -> None:
-        self.reaper.put_packs(numbers)
 
     def statfs(self) -> Statfs:
         """What packs take of a petabyte: a bucket has no end."""
