@@ -2,7 +2,7 @@
 PYTHON ?= /usr/bin/python3
 VENV := .venv
 PY := $(VENV)/bin/python
-APT := python3-venv fuse3 libfuse3-dev pkg-config gcc libc6-dev fio e2fsprogs mount util-linux postgresql qemu-utils iproute2
+APT := python3-venv fuse3 libfuse3-dev pkg-config gcc libc6-dev fio e2fsprogs mount util-linux postgresql qemu-utils qemu-system-x86 iproute2
 BENCH_APT := s3fs openssh-server openssh-client
 
 .PHONY: setup demo test lint bench clean
@@ -25,8 +25,17 @@ $(VENV)/.done: pyproject.toml $(VENV)/.debian
 demo: setup
 	$(PY) -m wbfuse.cli.demo
 
-test: setup
+test: setup $(VENV)/guest/.done
 	$(PY) -m pytest
+
+# A kernel and a shell for a virtual machine that boots from an image on a mount: unpacked here, not installed.
+GUEST := apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: \(linux-image-[0-9].*-cloud-amd64\)$$/\1/p'
+$(VENV)/guest/.done: Makefile
+	rm -rf $(VENV)/guest && mkdir -p $(VENV)/guest
+	@if [ "$$(id -u)" = 0 ]; then apt-get update -qq; fi
+	cd $(VENV)/guest && apt-get download -q $$($(GUEST)) busybox-static && for p in *.deb; do dpkg -x $$p .; done
+	rm -rf $(VENV)/guest/*.deb $(VENV)/guest/lib $(VENV)/guest/usr
+	@touch $@
 
 lint: setup
 	$(VENV)/bin/ruff check .

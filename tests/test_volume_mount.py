@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -21,6 +25,17 @@ from tests.test_promises import wait_until
 pytestmark = needs_mount
 MIB = 1 << 20
 BLOCK = 4096
+
+GUEST = Path(sys.prefix) / "guest"
+INIT = """#!/bin/busybox sh
+/bin/busybox mount -t devtmpfs dev /dev
+/bin/busybox sha256sum /data
+/bin/busybox dd if=/dev/urandom of=/new bs=64k count=300 conv=fsync
+/bin/busybox sha256sum /new
+/bin/busybox rm /data
+/bin/busybox mount -o remount,ro /
+/bin/busybox reboot -f
+"""
 
 
 def objects(directory: Path) -> int:
@@ -106,6 +121,42 @@ def test_a_qcow2_image_is_used_in_place(mounter: Mounter, volume: str) -> None:
     for n in range(2, 20):
         run("qemu-io", "-f", "qcow2", "-c", f"read -P {n} {n * 7919 * 512} 200k", image)
     run("qemu-img", "check", image)
+
+
+def test_a_machine_boots_from_an_image_on_the_mount(mounter: Mounter, volume: str, workdir: Path) -> None:
+    """A Debian cloud kernel with its root file system on a volume, read and written as an NVMe disk without cache."""
+    kernels = [str(p) for p in GUEST.glob("boot/vmlinuz-*")]
+    if not kernels or shutil.which("qemu-system-x86_64") is None:
+        pytest.skip("NO QEMU OR NO GUEST KERNEL, so no machine was booted from a mount: make test fetches both")
+    root = workdir / "root"
+    for name in ("bin", "dev"):
+        (root / name).mkdir(parents=True)
+    shutil.copy(GUEST / "bin/busybox", root / "bin/busybox")
+    data = os.urandom(24 * MIB)
+    (root / "data").write_bytes(data)
+    (root / "init").write_text(INIT)
+    (root / "init").chmod(0o755)
+    m = mounter(source=volume)
+    image = m.path / "disk.img"
+    run("mke2fs", "-q", "-t", "ext4", "-d", str(root), str(image), "512M")
+    shutil.copy(kernels[0], m.path / "vmlinuz")
+    said = run(
+        "qemu-system-x86_64", "-M", "q35", "-accel", "tcg", "-m", "256", "-nographic", "-nodefaults", "-no-reboot",
+        "-serial", "stdio", "-kernel", str(m.path / "vmlinuz"),
+        "-append", "root=/dev/nvme0n1 rw console=ttyS0 quiet init=/init panic=-1",
+        "-drive", f"file={image},if=none,id=disk,format=raw,cache=none,aio=threads,discard=unmap",
+        "-device", "nvme,drive=disk,serial=wbfuse", stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    sums = {name: found for found, name in re.findall(r"([0-9a-f]{64})  /(data|new)", said)}
+    assert sums.keys() == {"data", "new"}, said
+    assert sums["data"] == hashlib.sha256(data).hexdigest()
+    m.umount()
+    m = mounter(source=volume)
+    run("e2fsck", "-fn", str(m.path / "disk.img"))
+    run("debugfs", "-R", f"dump /new {workdir}/new", str(m.path / "disk.img"))
+    assert hashlib.sha256((workdir / "new").read_bytes()).hexdigest() == sums["new"]
+    m.umount()
+    assert wbfuse("check", volume, "--data").stdout == "0 problems\n"
 
 
 @pytest.mark.parametrize("seed", range(3))
