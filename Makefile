@@ -25,7 +25,7 @@ $(VENV)/.done: pyproject.toml $(VENV)/.debian
 demo: setup
 	$(PY) -m wbfuse.cli.demo
 
-test: setup $(VENV)/guest/.done
+test: setup $(VENV)/guest/.done $(VENV)/azurite/.done
 	$(PY) -m pytest
 
 # A kernel and a shell for a virtual machine that boots from an image on a mount: unpacked here, not installed.
@@ -42,6 +42,11 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+# Microsoft's own server of Azure's blobs, for tests.
+$(VENV)/azurite/.done: Makefile $(VENV)/.done
+	PATH=$(CURDIR)/$(VENV)/bin:$$PATH npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@3.35.0
+	@touch $@
 
 bench: setup $(VENV)/.bench
 	$(PY) -m bench

@@ -78,6 +78,15 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.S3]:
 
 
 @pytest.fixture(scope="session")
+def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Azurite, one for all tests: the endpoint of its account."""
+    if servers.azurite_path() is None:
+        pytest.skip("AZURITE IS MISSING, so nothing here was tested on Azure: make test installs it")
+    with servers.azure_server(tmp_path_factory.mktemp("azure")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="session")
 def postgres() -> Iterator[servers.Postgres]:
     """A real PostgreSQL, one for all tests."""
     if servers.postgres_path() is None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import sysconfig
 import time
 import urllib.error
@@ -17,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from azure.storage.blob import ContainerClient
 
 S3_KEY, S3_SECRET = "wbfuse", "wbfuse-secret"
 _PATIENCE = 60.0
@@ -91,6 +94,40 @@ def wait_until_s3(endpoint: str, process: subprocess.Popen[bytes]) -> None:
             pass
         time.sleep(0.05)  # nothing tells when a foreign server is ready
     raise RuntimeError("SeaweedFS does not answer")
+
+
+AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+"""The key of Azurite's account, which is public."""
+AZURE_ACCOUNT = "devstoreaccount1"
+
+
+def azurite_path() -> str | None:
+    path = os.path.join(sys.prefix, "azurite/node_modules/.bin/azurite-blob")
+    return path if os.path.exists(path) else None
+
+
+@contextmanager
+def azure_server(directory: Path, container: str = "container") -> Iterator[str]:
+    """Azurite in `directory` with one container. Yields the endpoint of its account."""
+    azurite = azurite_path()
+    if azurite is None:
+        raise FileNotFoundError("azurite: make test installs it")
+    directory.mkdir(parents=True, exist_ok=True)
+    (port,) = free_ports(1)
+    command = [azurite, "--silent", "--disableTelemetry", "--skipApiVersionCheck", "--blobHost", "127.0.0.1",
+               "--blobPort", str(port), "--location", str(directory)]  # fmt: skip
+    env = os.environ | {"PATH": f"{os.path.join(sys.prefix, 'bin')}:{os.environ['PATH']}"}
+    with open(directory / "azurite.log", "ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=directory, env=env)
+    try:
+        wait_for_port(port, process)
+        endpoint = f"http://127.0.0.1:{port}/{AZURE_ACCOUNT}"
+        with ContainerClient(endpoint, container, credential=AZURE_KEY) as client:
+            client.create_container()
+        yield endpoint
+    finally:
+        process.kill()
+        process.wait()
 
 
 def weed_path() -> str | None:

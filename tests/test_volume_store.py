@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import io
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from sqlalchemy import delete, func, insert, select, update
 
+from tests import servers
 from wbfuse.store.contract import ROOT_INO, FencedError, Piece, Round
-from wbfuse.store.volume import VolumeError, VolumeStore, format_volume
+from wbfuse.store.volume import Tuning, VolumeError, VolumeStore, format_volume
 from wbfuse.store.volume.admin.check import check
 from wbfuse.store.volume.admin.dump import dump_to_bucket, load_dump, read_dump
 from wbfuse.store.volume.admin.gc import collect
@@ -44,6 +46,17 @@ class TestVolumeOnPostgresAndS3(StoreContract):
     def store(self, postgres_meta: str, s3_url: str) -> Iterator[VolumeStore]:
         format_volume(postgres_meta, s3_url, {}, compress="zstd")
         store = VolumeStore(postgres_meta)
+        yield store
+        store.close()
+
+
+class TestVolumeOnAzure(StoreContract):
+    @pytest.fixture
+    def store(self, azure: str, tmp_path: Path) -> Iterator[VolumeStore]:
+        meta = f"sqlite:///{tmp_path}/meta.db"
+        options = {"endpoint": azure, "account_name": servers.AZURE_ACCOUNT, "account_key": servers.AZURE_KEY}
+        format_volume(meta, f"az://container/{secrets.token_hex(6)}", options)
+        store = VolumeStore(meta, Tuning(options=options))
         yield store
         store.close()
 

@@ -94,21 +94,24 @@ def _s3(bucket: str, prefix: str, options: dict[str, str]) -> S3Store:
     options.setdefault("region", os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1")
     # Frames have checksums of their own; SHA-256 of every body would be paid for in processor time.
     options.setdefault("unsigned_payload", "true")
-    client: Any = {"timeout": _TIMEOUT, "connect_timeout": timedelta(seconds=5)}
-    if endpoint and endpoint.startswith("http://"):
-        client["allow_http"] = True
     if options.pop("anonymous", "false") == "true":
         options["skip_signature"] = "true"
     config: Any = options
-    return S3Store(bucket, prefix=prefix or None, config=config, client_options=client, retry_config=_RETRY)
+    return S3Store(bucket, prefix=prefix or None, config=config, client_options=_client(endpoint), retry_config=_RETRY)
+
+
+def _client(endpoint: str | None) -> Any:
+    client: dict[str, Any] = {"timeout": _TIMEOUT, "connect_timeout": timedelta(seconds=5)}
+    if endpoint and endpoint.startswith("http://"):
+        client["allow_http"] = True
+    return client
 
 
 def open_backend(url: str, options: dict[str, str]) -> Any:
     """The obstore store behind `url`. Raises ObjectsError."""
     parts = urlsplit(url)
     where, prefix = parts.netloc, unquote(parts.path).strip("/")
-    client: Any = {"timeout": _TIMEOUT}
-    config: Any = options
+    client, config = _client(options.get("endpoint")), cast(Any, options)
     try:
         if parts.scheme == "file":
             path = "/" + prefix
