@@ -8,7 +8,9 @@ from typing import Any
 import click
 
 _OPTIONS = (
-    click.option("--endpoint", metavar="URL", help="S3 or Azure: the server, e.g. http://127.0.0.1:8333; kept in the volume."),
+    click.option(
+        "--endpoint", metavar="URL", help="S3 or Azure: the server, e.g. http://127.0.0.1:8333; kept in the volume."
+    ),
     click.option("--access-key", metavar="ID", help="S3: the access key.  [default: AWS_ACCESS_KEY_ID]"),
     click.option("--secret-key", metavar="KEY", help="S3: the secret key.  [default: AWS_SECRET_ACCESS_KEY]"),
     click.option("--profile", metavar="NAME", help="S3: a profile in ~/.aws.  [default: AWS_PROFILE]"),

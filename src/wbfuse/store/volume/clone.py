@@ -75,10 +75,9 @@ class VolumeClones(VolumeNames):
             if directory:
                 self._outside(c, source, parent, without)
             made = _copy_tree(c, source_row, parent, without, take, self._lock)
-            above = self._parent(c, parent, int(directory), now)
             new = made[source]
             entry = {"parent": parent, "name": name, "ino": new, "type": source_row.mode >> 12, "cookie": take()}
-            c.execute(insert(dentries).values(entry))
+            above = self._enter_name(c, entry, int(directory), now)
             changed = list(c.execute(select(inodes).where(inodes.c.ino == source)))
             return new, [above, *changed], [(parent, name, new)]
 

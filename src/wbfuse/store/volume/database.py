@@ -89,7 +89,9 @@ class Database:
                     )
                 self._write, self._read = self._sqlite(url)
             else:
-                self._write = self._read = self._postgres(url)
+                self._write = self._postgres(url)
+                # A query needs no BEGIN and ROLLBACK around it, each of which is a round trip.
+                self._read = self._write.execution_options(isolation_level="AUTOCOMMIT")
             with self._read.connect() as c:
                 c.execute(text("select 1"))
         except NoSuchModuleError as e:
