@@ -46,6 +46,13 @@ class Kind(IntEnum):
     """An open file handle; the key is its fh."""
     NODE = 4
     """A node that the kernel knows; the key is its ino."""
+    DIRTY = 5
+    """A file of which the log has what the store has not; the key is its ino, the value the sequence up to which the
+    store has everything."""
+    INTENT = 6
+    """A change of names that may have been done; the key is the request's unique."""
+    SESSION = 7
+    """The session that the mount has on a volume; key 0."""
 
 
 def pack(tag: int, value: bytes, flags: int = 0) -> bytes:

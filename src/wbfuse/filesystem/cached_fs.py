@@ -72,10 +72,9 @@ class CachedFileSystem(StoreFileSystem):
         if store.capabilities.quick_names:
             self.inline = type(self).inline | {"lookup"}
         self._durable_commits = store.capabilities.atomic_commit
-        self.capabilities = StoreFileSystem.capabilities | Cap.HAS_RESEND
         if kernel_writeback:
             # Sizes and times are the kernel's own now: AUTO_INVAL_DATA would do nothing.
-            self.capabilities = self.capabilities & ~Cap.AUTO_INVAL_DATA | Cap.WRITEBACK_CACHE
+            self.capabilities = StoreFileSystem.capabilities & ~Cap.AUTO_INVAL_DATA | Cap.WRITEBACK_CACHE
 
     def receive_target(self) -> memoryview:
         return self.cache.receive_target()
@@ -84,6 +83,14 @@ class CachedFileSystem(StoreFileSystem):
         super().init(agreement)
         self.cache.can_resend = bool(agreement.capabilities & Cap.HAS_RESEND)
         self.engine.on_room = self._ask_again
+
+    def take_over(self) -> None:
+        for ino, records in self.cache.inherited().items():
+            self.engine.take_over(ino, records)
+        super().take_over()
+
+    def _take_over(self, handle: Handle) -> None:
+        self._attach(handle)
 
     def _ask_again(self) -> None:
         self.notify(replies.notify_resend())
@@ -229,7 +236,10 @@ class CachedFileSystem(StoreFileSystem):
         if open_flags & OPEN_KILL_SUIDGID:
             self._kill_suid(ino)
         flags_for_kernel = self._open_flags(ino)
-        fh, handle = self.handles.open(ino, writable(flags))
+        before = self.handles.opened_before(request.unique, ino)
+        if before is not None:
+            return Opened(before[0], flags_for_kernel)
+        fh, handle = self.handles.open(ino, writable(flags), request.unique)
         try:
             self._attach(handle)
         except OSError:
@@ -254,9 +264,12 @@ class CachedFileSystem(StoreFileSystem):
             handle.errors_seen = f.error_sequence
             handle.file = f
 
-    def _created(self, found: Found, flags: int) -> tuple[Entry, Opened]:
+    def _created(self, request: Request, found: Found, flags: int) -> tuple[Entry, Opened]:
         ino, attr = found
-        fh, handle = self.handles.open(ino, True)
+        before = self.handles.opened_before(request.unique, ino)
+        if before is not None:
+            return self._entry(found), Opened(before[0], self._open_flags(ino))
+        fh, handle = self.handles.open(ino, True, request.unique)
         self._attach(handle, attr)
         handle.file.bare = attr.size == 0 and attr.nlink <= 1
         return self._entry(found), Opened(fh, self._open_flags(ino))

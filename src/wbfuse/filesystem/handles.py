@@ -10,8 +10,10 @@ from struct import Struct
 from typing import Any
 
 from wbfuse.journal import Counter, Journal, Kind
+from wbfuse.wire.constants import UNIQUE_RESEND
 
-_ENTRY = Struct("<QB")
+_ENTRY = Struct("<QQB")
+"""ino, the unique of the request that opened it, flags."""
 _WRITABLE = 1
 
 
@@ -37,16 +39,26 @@ class OpenTable:
         self._journal = journal
         self._fhs = Counter(journal, Kind.OPEN, 1)
         self._handles: dict[int, Handle] = {}
+        self._inherited: dict[int, int] = {}
+        """unique -> fh of what a dead server opened, perhaps without saying so."""
         for fh, entry in journal.inherited(Kind.OPEN).items():
-            ino, flags = _ENTRY.unpack(entry)
+            ino, unique, flags = _ENTRY.unpack(entry)
             handle = self._handles[fh] = Handle(ino, bool(flags & _WRITABLE))
             handle.written = handle.writable  # it may have, before its server died
+            self._inherited[unique] = fh
 
-    def open(self, ino: int, writable: bool) -> tuple[int, Handle]:
+    def open(self, ino: int, writable: bool, unique: int = 0) -> tuple[int, Handle]:
+        """A new handle for the request `unique`."""
         fh, handle = self._fhs.take(), Handle(ino, writable)
-        self._journal.put(Kind.OPEN, fh, _ENTRY.pack(ino, _WRITABLE if writable else 0))
+        self._journal.put(Kind.OPEN, fh, _ENTRY.pack(ino, unique & ~UNIQUE_RESEND, _WRITABLE if writable else 0))
         self._handles[fh] = handle
         return fh, handle
+
+    def opened_before(self, unique: int, ino: int) -> tuple[int, Handle] | None:
+        """What a dead server opened for this request, which the kernel sends again."""
+        fh = self._inherited.pop(unique & ~UNIQUE_RESEND, 0) if unique & UNIQUE_RESEND else 0
+        handle = self._handles.get(fh)
+        return (fh, handle) if handle is not None and handle.ino == ino else None
 
     def get(self, fh: int) -> Handle | None:
         return self._handles.get(fh)

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import mmap
 import os
 import stat
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 from wbfuse.filesystem.api import Buffer, EntryMaker, FileSystem, Parked, Request, WouldBlock
-from wbfuse.filesystem.handles import OpenTable
+from wbfuse.filesystem.handles import Handle, OpenTable
+from wbfuse.filesystem.intents import Intents
 from wbfuse.journal import Journal, Kind
 from wbfuse.store.contract import Change, Found, Owner, Store
 from wbfuse.wire import replies
@@ -33,11 +37,14 @@ from wbfuse.wire.constants import (
     FOPEN_DIRECT_IO,
     FOPEN_KEEP_CACHE,
     OPEN_KILL_SUIDGID,
+    RENAME_EXCHANGE,
     WRITE_KILL_SUIDGID,
     Cap,
 )
 from wbfuse.wire.negotiate import Agreement
 from wbfuse.wire.types import Attr, Dirent, Entry, Opened, Statfs
+
+log = logging.getLogger(__name__)
 
 O_DSYNC = os.O_DSYNC
 MAX_OFFSET = (1 << 63) - 1
@@ -49,7 +56,10 @@ class StoreFileSystem(FileSystem):
     `journal` keeps what a server that comes after this one must know.
     """
 
-    capabilities = FileSystem.capabilities | Cap.HANDLE_KILLPRIV_V2 | Cap.DIRECT_IO_ALLOW_MMAP | Cap.CACHE_SYMLINKS
+    capabilities = (
+        FileSystem.capabilities
+        | Cap.HANDLE_KILLPRIV_V2 | Cap.DIRECT_IO_ALLOW_MMAP | Cap.CACHE_SYMLINKS | Cap.HAS_RESEND
+    )  # fmt: skip
     inline = frozenset({"forget", "batch_forget", "read", "releasedir", "flush", "opendir"})
     readers = 3
 
@@ -62,10 +72,29 @@ class StoreFileSystem(FileSystem):
         self.wait_on_close = wait_on_close
         self._journal = journal or Journal()
         self.handles = OpenTable(self._journal)
+        self._intents = Intents(self._journal)
         self._buffers = threading.local()
 
     def init(self, agreement: Agreement) -> None:
         self._journal.put(Kind.AGREEMENT, 0, agreement.encode())
+
+    def take_over(self) -> None:
+        """Go on where the server of `journal` was when it died: its open files are held again. Before `init`."""
+        for fh, handle in self.handles.all():
+            try:
+                self._take_over(handle)
+            except OSError as e:
+                log.warning("node %d, which was open, is not in the store any more: %s", handle.ino, e.strerror)
+                self.handles.close(fh)
+
+    def _take_over(self, handle: Handle) -> None:
+        self.store.hold(handle.ino)
+        try:
+            if handle.writable:
+                self.store.acquire(handle.ino)
+        except OSError:
+            self.store.drop(handle.ino)
+            raise
 
     def destroy(self) -> None:
         self.store.close()
@@ -98,33 +127,94 @@ class StoreFileSystem(FileSystem):
     def forget(self, request: Request, nlookup: int) -> None:
         self.store.forget(request.nodeid, nlookup)
 
+    def _make(self, request: Request, name: bytes, act: Callable[[], Found]) -> Found:
+        """Give something new a name, once."""
+
+        def made(when: int) -> tuple[Found] | None:
+            found = self.store.lookup(request.nodeid, name)
+            if found[1].ctime_ns >= when:
+                return (found,)
+            self.store.forget(found[0])
+            return None
+
+        return self._intents.once(request, act, made)
+
     def mknod(self, request: Request, name: bytes, mode: int, rdev: int, umask: int) -> Entry:
+        store, owner = self.store, self._owner(request)
         if stat.S_ISREG(mode):
-            return self._entry(self.store.create(request.nodeid, name, mode, self._owner(request)))
-        return self._entry(self.store.mknod(request.nodeid, name, mode, rdev, self._owner(request)))
+            return self._entry(self._make(request, name, lambda: store.create(request.nodeid, name, mode, owner)))
+        return self._entry(self._make(request, name, lambda: store.mknod(request.nodeid, name, mode, rdev, owner)))
 
     def mkdir(self, request: Request, name: bytes, mode: int, umask: int) -> Entry:
-        return self._entry(self.store.mkdir(request.nodeid, name, mode, self._owner(request)))
+        owner = self._owner(request)
+        return self._entry(self._make(request, name, lambda: self.store.mkdir(request.nodeid, name, mode, owner)))
 
     def symlink(self, request: Request, name: bytes, target: bytes) -> Entry:
-        return self._entry(self.store.symlink(request.nodeid, name, target, self._owner(request)))
+        owner = self._owner(request)
+        return self._entry(self._make(request, name, lambda: self.store.symlink(request.nodeid, name, target, owner)))
 
     def link(self, request: Request, nodeid: int, name: bytes) -> Entry:
-        found = self.store.link(nodeid, request.nodeid, name)
+        def linked(_when: int) -> tuple[Found] | None:
+            found = self.store.lookup(request.nodeid, name)
+            if found[0] == nodeid:
+                return (found,)
+            self.store.forget(found[0])
+            return None
+
+        found = self._intents.once(request, lambda: self.store.link(nodeid, request.nodeid, name), linked)
         self.changed(*found)
         return self._entry(found)
 
     def readlink(self, request: Request) -> bytes:
         return self.store.readlink(request.nodeid)
 
+    def _is_there(self, parent: int, name: bytes) -> int:
+        """The node under a name. FileNotFoundError."""
+        ino, _ = self.store.lookup(parent, name)
+        self.store.forget(ino)
+        return ino
+
     def unlink(self, request: Request, name: bytes) -> None:
-        self._lost(*self.store.unlink(request.nodeid, name))
+        self._lost(*self._remove(request, name, lambda: self.store.unlink(request.nodeid, name)))
 
     def rmdir(self, request: Request, name: bytes) -> None:
-        self.store.rmdir(request.nodeid, name)
+        self._remove(request, name, lambda: self.store.rmdir(request.nodeid, name))
+
+    def _remove(self, request: Request, name: bytes, act: Callable[[], Any]) -> Any:
+        """Remove a name, once. Answers what `act` does, or (0, 0) where it was done before."""
+
+        def removed(_when: int) -> tuple[Any] | None:
+            try:
+                self._is_there(request.nodeid, name)
+            except FileNotFoundError:
+                return ((0, 0),)
+            return None
+
+        return self._intents.once(request, act, removed)
 
     def rename(self, request: Request, name: bytes, newdir: int, newname: bytes, flags: int) -> None:
-        self._lost(*self.store.rename(request.nodeid, name, newdir, newname, flags))
+        def renamed(_when: int) -> tuple[tuple[int, int]] | None:
+            with contextlib.suppress(FileNotFoundError):
+                self._is_there(request.nodeid, name)
+                return None
+            self._is_there(newdir, newname)  # which also teaches the store where it is now
+            return ((0, 0),)
+
+        if flags & RENAME_EXCHANGE:
+            self._exchange(request, name, newdir, newname)
+            return
+        act = partial(self.store.rename, request.nodeid, name, newdir, newname, flags)
+        self._lost(*self._intents.once(request, act, renamed))
+
+    def _exchange(self, request: Request, name: bytes, newdir: int, newname: bytes) -> None:
+        """Both names are there before and after, so the intent says which node stood under the first."""
+        was = self._is_there(request.nodeid, name)
+
+        def exchanged(before: int) -> tuple[tuple[int, int]] | None:
+            return ((0, 0),) if was != before else None
+
+        act = partial(self.store.rename, request.nodeid, name, newdir, newname, RENAME_EXCHANGE)
+        self._intents.once(request, act, exchanged, note=was)
 
     def _lost(self, ino: int, links: int) -> None:
         """A name of `ino` was removed."""
@@ -198,10 +288,26 @@ class StoreFileSystem(FileSystem):
         if name.startswith(b"system.posix_acl_"):
             # The kernel was not told to honour ACLs on this mount, so storing one would promise what nobody keeps.
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-        self.store.setxattr(request.nodeid, name, value, flags)
+        ino = request.nodeid
+        self._intents.once(
+            request, lambda: self.store.setxattr(ino, name, value, flags),
+            lambda _when: (None,) if self._xattr(ino, name) == value else None,
+        )  # fmt: skip
 
     def removexattr(self, request: Request, name: bytes) -> None:
-        self.store.removexattr(request.nodeid, name)
+        ino = request.nodeid
+        self._intents.once(
+            request, lambda: self.store.removexattr(ino, name),
+            lambda _when: (None,) if self._xattr(ino, name) is None else None,
+        )  # fmt: skip
+
+    def _xattr(self, ino: int, name: bytes) -> bytes | None:
+        try:
+            return self.store.getxattr(ino, name)
+        except OSError as e:
+            if e.errno != errno.ENODATA:
+                raise
+            return None
 
     # open files
 
@@ -217,33 +323,37 @@ class StoreFileSystem(FileSystem):
         ino = request.nodeid
         if open_flags & OPEN_KILL_SUIDGID:
             self._kill_suid(ino)
-        return Opened(self._open(ino, flags), self._open_flags(ino))
+        return Opened(self._open(request, ino, flags), self._open_flags(ino))
 
-    def _open(self, ino: int, flags: int) -> int:
+    def _open(self, request: Request, ino: int, flags: int) -> int:
         """A handle that holds the file."""
+        before = self.handles.opened_before(request.unique, ino)
+        if before is not None:
+            return before[0]
         self.store.hold(ino)
         try:
             if writable(flags):
                 self.store.acquire(ino)
-            return self.handles.open(ino, writable(flags))[0]
+            return self.handles.open(ino, writable(flags), request.unique)[0]
         except OSError:
             self.store.drop(ino)
             raise
 
     def create(self, request: Request, name: bytes, flags: int, mode: int, umask: int) -> tuple[Entry, Opened]:
+        owner = self._owner(request)
         try:
-            found = self.store.create(request.nodeid, name, mode, self._owner(request))
+            found = self._make(request, name, lambda: self.store.create(request.nodeid, name, mode, owner))
         except FileExistsError:
             if flags & os.O_EXCL:
                 raise
             found = self.store.lookup(request.nodeid, name)  # somebody else made it behind the kernel's back
-        return self._created(found, flags)
+        return self._created(request, found, flags)
 
-    def _created(self, found: Found, flags: int) -> tuple[Entry, Opened]:
-        return self._entry(found), Opened(self._open(found[0], flags), self._open_flags(found[0]))
+    def _created(self, request: Request, found: Found, flags: int) -> tuple[Entry, Opened]:
+        return self._entry(found), Opened(self._open(request, found[0], flags), self._open_flags(found[0]))
 
     def tmpfile(self, request: Request, flags: int, mode: int, umask: int) -> tuple[Entry, Opened]:
-        return self._created(self.store.tmpfile(request.nodeid, mode, self._owner(request)), flags)
+        return self._created(request, self.store.tmpfile(request.nodeid, mode, self._owner(request)), flags)
 
     def release(self, request: Request, fh: int, flags: int) -> None:
         handle = self.handles.close(fh)

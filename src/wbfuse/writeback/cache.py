@@ -17,19 +17,25 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from struct import Struct
 
+from wbfuse.journal import Journal
+from wbfuse.journal import Kind as Entry
 from wbfuse.store.contract import FencedError, Store
 from wbfuse.wire.types import Attr
 from wbfuse.writeback.extents import HOLE
 from wbfuse.writeback.file import STORE, FileCache, Generation
 from wbfuse.writeback.limits import Limits
 from wbfuse.writeback.log import Log, LogFull, Segment
-from wbfuse.writeback.records import Kind
+from wbfuse.writeback.records import ATIME, GROWS, MTIME, Kind, Record
 
 log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 FULL = (errno.ENOSPC, errno.EDQUOT)
+
+_FLOOR = Struct("<Q")
 
 Done = Callable[[int], None]
 """Called once with 0 or an errno."""
@@ -48,8 +54,7 @@ class File:
 
     __slots__ = (
         "attr", "attr_version", "bare", "copying", "core", "error", "error_sequence", "failures", "fenced", "ino",
-        "opens",
-        "retry_at", "synced", "syncing", "unlinked", "version", "waiters",
+        "marked", "opens", "retry_at", "synced", "syncing", "unlinked", "version", "waiters",
     )  # fmt: skip
 
     def __init__(self, ino: int, attr: Attr, seal_bytes: int, seal_early: bool) -> None:
@@ -61,6 +66,8 @@ class File:
         """Counts settings of `attr`, so that an older answer of the store does not replace a newer one."""
         self.bare = False
         """Made by this mount, and no extended attribute was set since."""
+        self.marked = False
+        """The journal says that it is dirty."""
         self.opens = 0
         self.waiters: list[Waiter] = []
         self.error = 0
@@ -105,6 +112,7 @@ class WritebackCache:
     """Takes changes at memory speed, keeps their order, and lets an Engine commit them.
 
     `log_size` bytes are allocated at once. `kernel_dirty` is how much the kernel may hand over beyond any reply.
+    With `log_fd`, the log of a server that died, `replay` comes before anything else.
     """
 
     def __init__(
@@ -114,10 +122,13 @@ class WritebackCache:
         max_write: int,
         kernel_dirty: int,
         clock: Callable[[], float] = time.monotonic,
+        journal: Journal | None = None,
+        log_fd: int | None = None,
     ) -> None:
         self.store = store
         self.clock = clock
-        self.log = Log(log_size, max_write)
+        self.journal = journal or Journal()
+        self.log = Log(log_size, max_write, log_fd)
         # Beyond the limit WRITEs are still taken (their replies wait), so what the kernel may send must fit behind it.
         reserve = min(kernel_dirty + max_write, self.log.size // 2) + 2 * self.log.segment_size
         limit = max(self.log.size - reserve, self.log.size // 4)
@@ -256,11 +267,59 @@ class WritebackCache:
         if f.opens or f.busy or f.core.generations or f.waiters or self.files.get(f.ino) is not f:
             return False
         del self.files[f.ino]
+        if f.marked:
+            self.journal.remove(Entry.DIRTY, f.ino)
         for queue in (self.dirty, self.urgent, self.full, self.failing):
             queue.pop(f.ino, None)
         self.epoch += 1
         self._let_go.append(f.ino)
         return True
+
+    # taking over from a server that died
+
+    def inherited(self) -> dict[int, list[tuple[int, Record]]]:
+        """What the log has and the store has not, as (segment, record) by ino, in order. To be asked once; all of it
+        must be replayed."""
+        floors = {ino: _FLOOR.unpack(value)[0] for ino, value in self.journal.inherited(Entry.DIRTY).items()}
+        found: dict[int, list[tuple[int, Record]]] = {ino: [] for ino in floors}
+        for segment, record in self.log.scan():
+            self.log.sequence = max(self.log.sequence, record.sequence)
+            if record.sequence > floors.get(record.ino, record.sequence):
+                found[record.ino].append((segment, record))
+        for ino, records in list(found.items()):
+            if not records:
+                self.journal.remove(Entry.DIRTY, ino)
+                del found[ino]
+            self.log.revive(records)
+        self.log.settle()
+        return found
+
+    def replay(self, ino: int, attr: Attr | None, records: list[tuple[int, Record]]) -> File:
+        """Take the changes of one file again, in their order. `attr` is the store's; None where it has not the file."""
+        with self.lock:
+            if attr is None:
+                f = self.files[ino] = File(ino, Attr(ino, 0), self.seal_bytes, self.seal_early)
+            else:
+                f = self._adopt(ino, attr)
+            f.marked = True
+            for segment, record in records:
+                self._replay(f, segment, record)
+            self._dirtied(f)
+            return f
+
+    def _replay(self, f: File, segment: int, r: Record) -> None:
+        """Held: lock."""
+        core, now, mtime = f.core, self.clock(), r.mtime_ns or None
+        if r.kind == Kind.WRITE:
+            self._freed(self.log.release(core.write(r.offset, r.offset + r.length, r.place, now, r.sequence, mtime)))
+        elif r.kind == Kind.TRUNCATE:
+            self._freed(self.log.release(core.truncate(r.offset, now, r.sequence, segment, mtime)))
+        elif r.kind == Kind.ZERO:
+            end, grow = r.offset + r.length, bool(r.flags & GROWS)
+            self._freed(self.log.release(core.zero(r.offset, end, grow, now, r.sequence, segment, mtime)))
+        elif r.kind == Kind.TIMES:
+            atime = r.offset if r.flags & ATIME else None
+            core.set_times(atime, r.length if r.flags & MTIME else None, now, r.sequence, segment)
 
     # changes
 
@@ -276,9 +335,11 @@ class WritebackCache:
             raise FencedError("another host writes this file now")
         log_ = self.log
 
-        def take(place: int) -> None:
+        def take(receive: Callable[[], int]) -> None:
             g = self._adopt(f.ino, f.attr)  # it may have been let go a moment ago, being clean
-            sequence = log_.stamp(Kind.WRITE, unique, g.ino, offset, n, place)
+            self._mark(g)
+            place = receive()
+            sequence = log_.stamp(unique, g.ino, offset, n, place, mtime_ns or 0)
             dropped = g.core.write(offset, offset + n, place, self.clock(), sequence, mtime_ns)
             if dropped:
                 log_.release(dropped)
@@ -286,9 +347,9 @@ class WritebackCache:
 
         with self.lock:
             if at_tail:
-                take(log_.take(n))
+                take(partial(log_.take, n))
             else:
-                self._wait_for_room(lambda: take(log_.put(data)))
+                self._wait_for_room(lambda: take(partial(log_.put, data)))
             return log_.occupied
 
     # Changes without payload. With `wait` False they raise LogFull where they would have to wait for room.
@@ -298,7 +359,7 @@ class WritebackCache:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 
         def change(g: File) -> None:
-            token = self.log.note(Kind.TRUNCATE, unique, g.ino, size, 0)
+            token = self.log.note(Kind.TRUNCATE, unique, g.ino, size, 0, 0, mtime_ns or 0)
             self._freed(self.log.unnote(g.core.superseded_by_truncate(size)))
             self._freed(self.log.release(g.core.truncate(size, self.clock(), self.log.sequence, token, mtime_ns)))
 
@@ -312,7 +373,7 @@ class WritebackCache:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 
         def change(g: File) -> None:
-            token = self.log.note(Kind.ZERO, unique, g.ino, start, end - start, int(grow))
+            token = self.log.note(Kind.ZERO, unique, g.ino, start, end - start, GROWS * grow, mtime_ns or 0)
             dropped = g.core.zero(start, end, grow, self.clock(), self.log.sequence, token, mtime_ns)
             self._freed(self.log.release(dropped))
 
@@ -324,7 +385,7 @@ class WritebackCache:
             atime = before[0] if atime_ns is None else atime_ns
             # The mtime as it is now: a write may have moved it since that record.
             mtime = g.core.mtime_ns if mtime_ns is None and before[1] is not None else mtime_ns
-            flags = (atime is not None) | (mtime is not None) << 1
+            flags = ATIME * (atime is not None) | MTIME * (mtime is not None)
             token = self.log.note(Kind.TIMES, unique, g.ino, atime or 0, mtime or 0, flags)
             self._freed(self.log.unnote(g.core.superseded_by_times()))
             g.core.set_times(atime, mtime, self.clock(), self.log.sequence, token)
@@ -338,6 +399,7 @@ class WritebackCache:
 
         def act() -> None:
             g = self._adopt(f.ino, f.attr)  # it may have been let go, also while this waited
+            self._mark(g)
             change(g)
             self._dirtied(g)
 
@@ -350,6 +412,12 @@ class WritebackCache:
             except LogFull:
                 self._want_room()
                 raise
+
+    def _mark(self, f: File) -> None:
+        """Held: lock. The file is about to be dirty: who replays must know where to begin. May raise OSError."""
+        if not f.marked:
+            self.journal.put(Entry.DIRTY, f.ino, _FLOOR.pack(self.log.sequence))
+            f.marked = True
 
     def _dirtied(self, f: File) -> None:
         """Held: lock. Put `f` where the engine finds it, and wake the engine if it should look now."""
@@ -388,7 +456,7 @@ class WritebackCache:
         for g in gone:
             if g.round is not None:
                 self.store.unstage(g.round)  # does not block
-        self._release(gone)
+        self._release(f, gone)
         if not f.core.generations:
             self.dirty.pop(f.ino, None)
             self.full.pop(f.ino, None)
@@ -409,8 +477,13 @@ class WritebackCache:
         for answer in answers:
             answer()
 
-    def _release(self, gone: list[Generation]) -> None:
-        """Held: lock. The log bytes of generations that are committed or forgotten."""
+    def _release(self, f: File, gone: list[Generation]) -> None:
+        """Held: lock. The log bytes of generations of a file that are committed or forgotten."""
+        if gone and f.core.generations:
+            self.journal.put(Entry.DIRTY, f.ino, _FLOOR.pack(gone[-1].sequence))
+        elif gone:
+            self.journal.remove(Entry.DIRTY, f.ino)
+            f.marked = False
         freed = False
         for g in gone:
             freed |= self.log.release(g.extents.places())
@@ -583,7 +656,7 @@ class WritebackCache:
                 moved = self.log.put(self.log.view(place, length))
             except LogFull:
                 break
-            self.log.stamp(Kind.WRITE, 0, f.ino, start, length, moved)
+            self.log.stamp_moved(g.sequence, f.ino, start, length, moved)
             g.extents.move(i, moved)
             freed |= self.log.release([(place, length)])
         self._freed(freed)

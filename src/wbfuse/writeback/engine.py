@@ -20,6 +20,7 @@ from collections.abc import Callable
 from wbfuse.store.contract import FencedError, Piece, Round
 from wbfuse.writeback.cache import File, WritebackCache
 from wbfuse.writeback.file import Generation, plan
+from wbfuse.writeback.records import Record
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ _FIRST_RETRY, _LAST_RETRY = 0.1, 30.0
 _PIECE_SECONDS = 0.1
 _PIECE_LEAST, _PIECE_FIRST = 256 << 10, 1 << 20
 _CLEAN_EVERY = 0.1
+_LOOK_AGAIN = 1.0
 _HEAVY, _HEAVY_ROUNDS, _HEAVY_STAGED = 1 << 20, 2, 4
 """What a heavy round is, and how many go at once: more where their bytes are staged ahead."""
 _COMPANY = 512
@@ -75,6 +77,31 @@ class Engine:
         ]
         self._threads.append(threading.Thread(target=self._pace_loop, name="pacer", daemon=True))
         self._threads.append(threading.Thread(target=self._warm_loop, name="warmer", daemon=True))
+
+    def take_over(self, ino: int, records: list[tuple[int, Record]]) -> None:
+        """Take what a server that died had accepted of a file; waits for a store that does not answer.
+
+        What the store does not know any more is set aside.
+        """
+        cache = self.cache
+        while True:
+            try:
+                cache.store.hold(ino)
+                try:
+                    cache.store.acquire(ino)
+                    cache.replay(ino, cache.store.getattr(ino), records)
+                    return
+                finally:
+                    cache.store.drop(ino)
+            except OSError as e:
+                log.warning("node %d: %d changes wait in the log: %s", ino, len(records), e.strerror)
+                if e.errno not in TRANSIENT:
+                    break
+            with cache.lock:
+                cache.room.wait(_LOOK_AGAIN)
+        f = cache.replay(ino, None, records)
+        f.fenced = True
+        self._set_aside(f)
 
     def start(self) -> None:
         for thread in self._threads:
@@ -383,7 +410,7 @@ class Engine:
                 self._heavy -= g.weighed
                 # A failed sync may have lost committed pages in the store, so its round is written again as well.
                 if f.core.end(error == 0) is not None:
-                    cache._release([g])
+                    cache._release(f, [g])
                     self.rounds += 1
             if error:
                 answers += self._failed(f, error)
@@ -429,7 +456,7 @@ class Engine:
             f.syncing = False
             if kept:
                 del f.core.generations[: len(gone)]
-                cache._release(gone)
+                cache._release(f, gone)
                 cache.failing.pop(f.ino, None)
             cache._freed(cache.log.unpin(pinned))
             waiters, f.waiters = f.waiters, []

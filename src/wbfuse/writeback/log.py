@@ -27,6 +27,7 @@ from wbfuse.writeback import records
 PAGE = mmap.PAGESIZE
 MIB = 1 << 20
 _MADV_POPULATE_WRITE = 23
+_WRITE = int(records.Kind.WRITE)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -88,7 +89,10 @@ class Segment:
 class Log:
     """`size` bytes of payload in whole segments. Raises LogError where memory does not allow it."""
 
-    def __init__(self, size: int, max_write: int) -> None:
+    def __init__(self, size: int, max_write: int, fd: int | None = None) -> None:
+        """With `fd` (owned from now on): the log of a server that died, of the same size. `revive` what counts in it,
+        then `settle`, before anything else.
+        """
         self.segment_size = segment_size(size, max_write)
         count = size // self.segment_size
         if count < 4:
@@ -102,31 +106,69 @@ class Log:
         self._slots = 2 * self.segment_size // PAGE
         self._records_base = self.size
         total = self.size + count * self._slots * records.SIZE
+        self.fd = self._allocate(total) if fd is None else fd
+        self._memory = mmap.mmap(self.fd, total)
+        self._view = memoryview(self._memory)
+        self.segments = [Segment(i, i * self.segment_size) for i in range(count)]
+        self._free: list[Segment] = []
+        """A stack: the segment used last is warm in the processor's cache and comes first."""
+        self.sequence = 0
+        self._receiving = self._side = self.segments[0]
+        """Where the reader's tail is, which only the reader moves; and where everybody else stamps notes and copies
+        payloads to, under the lock."""
+        if fd is None:
+            self.settle()
+
+    @staticmethod
+    def _allocate(total: int) -> int:
         free = free_memory()
         if total > free:
             raise LogError(
-                f"a log of {size >> 20} MiB does not fit into memory, of which {max(free, 0) >> 20} MiB are free;"
+                f"a log of {total >> 20} MiB does not fit into memory, of which {max(free, 0) >> 20} MiB are free;"
                 " choose a smaller --log-size"
             )
-        self.fd = os.memfd_create("wbfuse-log", os.MFD_CLOEXEC)
+        fd = os.memfd_create("wbfuse-log", os.MFD_CLOEXEC)
         try:
-            os.posix_fallocate(self.fd, 0, total)
-            self._memory = mmap.mmap(self.fd, total)
+            os.posix_fallocate(fd, 0, total)
         except OSError as e:
-            os.close(self.fd)
+            os.close(fd)
             raise LogError(
-                f"a log of {size >> 20} MiB does not fit into memory ({e.strerror}); choose a smaller --log-size"
+                f"a log of {total >> 20} MiB does not fit into memory ({e.strerror}); choose a smaller --log-size"
             ) from e
-        self._view = memoryview(self._memory)
-        self.segments = [Segment(i, i * self.segment_size) for i in range(count)]
-        self._free = list(reversed(self.segments))
-        """A stack: the segment used last is warm in the processor's cache and comes first."""
-        self.sequence = 0
-        self._receiving = self._fresh()
-        """Where the reader's tail is. Only the reader moves it."""
-        self._side = self._fresh()
-        """Where everybody else stamps notes and copies payloads to, under the lock."""
+        return fd
+
+    # taking over
+
+    def revive(self, found: Iterable[tuple[int, records.Record]]) -> None:
+        """These records, each with the segment that it stands in, still count."""
+        for index, record in found:
+            self.sequence = max(self.sequence, record.sequence)
+            s = self.segments[index]
+            if record.kind == records.Kind.WRITE:
+                s.live += record.length
+            else:
+                s.live += records.SIZE
+                s.notes += 1
+
+    def settle(self) -> None:
+        """What nobody revived is free; where nothing is, the two segments with the most room are gone on with."""
+        for s in self.segments:
+            if not s.live:
+                self._free.append(s)
+                continue
+            for record in self._records(s):
+                s.records += 1
+                if record.kind == _WRITE:
+                    s.used = max(s.used, record.place - s.base + record.length + PAGE - 1 & -PAGE)
+        self._free.reverse()
+        roomy = sorted((s for s in self.segments if s.live), key=lambda s: s.used)
+        self._receiving = self._fresh() if self._free else self._go_on(roomy.pop(0))
+        self._side = self._fresh() if self._free else self._go_on(roomy.pop(0))
         self._set_tail()
+
+    def _go_on(self, s: Segment) -> Segment:
+        self._warm(s)
+        return s
 
     # the reader's tail
 
@@ -183,11 +225,21 @@ class Log:
         s.live += len(data)
         return place
 
-    def stamp(self, kind: int, unique: int, ino: int, offset: int, length: int, place: int, flags: int = 0) -> int:
+    def stamp(self, unique: int, ino: int, offset: int, length: int, place: int, mtime_ns: int = 0) -> int:
         """Write the record of a payload at `place`, into its segment. Answers its sequence number."""
-        return self._stamp(self.segments[place // self.segment_size], kind, unique, ino, offset, length, place, flags)
+        self.sequence += 1
+        s = self.segments[place // self.segment_size]
+        self._stamp(s, (self.sequence, unique, ino, offset, length, place, _WRITE, 0, mtime_ns))
+        return self.sequence
 
-    def note(self, kind: int, unique: int, ino: int, offset: int, length: int, flags: int = 0) -> int:
+    def stamp_moved(self, sequence: int, ino: int, offset: int, length: int, place: int) -> None:
+        """Write the record of a payload that was copied to `place`; its turn stays that of `sequence`."""
+        s = self.segments[place // self.segment_size]
+        self._stamp(s, (sequence, 0, ino, offset, length, place, _WRITE, 0, 0))
+
+    def note(
+        self, kind: int, unique: int, ino: int, offset: int, length: int, flags: int = 0, mtime_ns: int = 0
+    ) -> int:
         """Stamp a change that has no payload; answers the token (a segment's number) to `unnote` once it is committed.
 
         Raises LogFull.
@@ -195,19 +247,14 @@ class Log:
         s = self._side_room(0)
         s.live += records.SIZE
         s.notes += 1
-        self._stamp(s, kind, unique, ino, offset, length, 0, flags)
+        self.sequence += 1
+        self._stamp(s, (self.sequence, unique, ino, offset, length, 0, kind, flags, mtime_ns))
         return s.index
 
-    def _stamp(
-        self, s: Segment, kind: int, unique: int, ino: int, offset: int, length: int, place: int, flags: int
-    ) -> int:
-        self.sequence += 1
+    def _stamp(self, s: Segment, record: tuple[int, int, int, int, int, int, int, int, int]) -> None:
         at = self._records_base + (s.index * self._slots + s.records) * records.SIZE
-        self._view[at : at + records.SIZE] = records.pack(
-            self.sequence, unique, ino, offset, length, place, kind, flags
-        )
+        self._view[at : at + records.SIZE] = records.pack(*record)
         s.records += 1
-        return self.sequence
 
     # what is used
 
@@ -301,18 +348,19 @@ class Log:
 
     # reading it back
 
-    def scan(self) -> Iterator[records.Record]:
-        """Every record that stands in the log, in order of sequence."""
-        found = []
-        for s in self.segments:
-            base = self._records_base + s.index * self._slots * records.SIZE
-            for i in range(self._slots):
-                record = records.unpack(self._view[base + i * records.SIZE : base + (i + 1) * records.SIZE])
-                if record is None:
-                    break
-                found.append(record)
-        found.sort(key=lambda r: r.sequence)
-        return iter(found)
+    def _records(self, s: Segment) -> Iterator[records.Record]:
+        """The records that stand in a segment, up to the first that is not whole."""
+        base = self._records_base + s.index * self._slots * records.SIZE
+        for i in range(self._slots):
+            record = records.unpack(self._view[base + i * records.SIZE : base + (i + 1) * records.SIZE])
+            if record is None:
+                return
+            yield record
+
+    def scan(self) -> list[tuple[int, records.Record]]:
+        """(segment, record) of every record that stands in the log, also those that count no more, by sequence."""
+        found = [(s.index, record) for s in self.segments for record in self._records(s)]
+        return sorted(found, key=lambda item: item[1].sequence)
 
     def close(self) -> None:
         self.tail.release()

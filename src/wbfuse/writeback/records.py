@@ -13,8 +13,11 @@ from enum import IntEnum
 from struct import Struct
 
 SIZE = 64
-_BODY = Struct("<QQQQQqHHI")
+PAGE = 4096
+_BODY = Struct("<QQQQQQIHH")
 _CHECK = Struct("<Q")
+_MASK = (1 << 64) - 1
+_SIGN = 1 << 63
 
 
 class Kind(IntEnum):
@@ -23,32 +26,39 @@ class Kind(IntEnum):
     TRUNCATE = 2
     """The size of `ino` became `offset`."""
     ZERO = 3
-    """[offset, offset + length) of `ino` became zeros; with `flags` 1 the size grew to its end where it was less."""
+    """[offset, offset + length) of `ino` became zeros; with `flags` GROWS a size that was less became its end."""
     TIMES = 4
-    """`offset` is atime_ns and `length` mtime_ns of `ino`; `flags` bit 0: atime counts, bit 1: mtime counts."""
-    COMMITTED = 5
-    """A hint: the store has all of `ino` up to sequence `offset`."""
-    DISCARDED = 6
-    """`ino` has no links and no opens left: what stands before counts no more."""
+    """`offset` is atime_ns and `length` mtime_ns of `ino`, as `flags` say."""
+
+
+GROWS = 1
+ATIME, MTIME = 1, 2
 
 
 @dataclass(slots=True)
 class Record:
     sequence: int
+    """Of its acceptance. A payload that was moved keeps one, so it may be there twice."""
     unique: int
     ino: int
     offset: int
     length: int
     place: int
+    """Of the payload, in bytes from the log's start; at a page."""
     kind: int
     flags: int = 0
+    mtime_ns: int = 0
+    """What the change made the mtime; 0 where it did not."""
 
 
 def pack(
-    sequence: int, unique: int, ino: int, offset: int, length: int, place: int, kind: int, flags: int = 0
-) -> bytes:
-    mask = (1 << 64) - 1
-    body = _BODY.pack(sequence, unique, ino, offset & mask, length & mask, place, kind, flags, 0)
+    sequence: int, unique: int, ino: int, offset: int, length: int, place: int, kind: int, flags: int = 0,
+    mtime_ns: int = 0,
+) -> bytes:  # fmt: skip
+    """The fields of a Record as its 64 bytes."""
+    body = _BODY.pack(
+        sequence, unique, ino, offset & _MASK, length & _MASK, mtime_ns & _MASK, place // PAGE, kind, flags
+    )
     return body + _CHECK.pack(zlib.crc32(body))
 
 
@@ -58,7 +68,13 @@ def unpack(raw: bytes | bytearray | memoryview) -> Record | None:
         return None
     body = bytes(raw[: _BODY.size])
     (check,) = _CHECK.unpack_from(raw, _BODY.size)
-    sequence, unique, ino, offset, length, place, kind, flags, _ = _BODY.unpack(body)
+    sequence, unique, ino, offset, length, mtime_ns, page, kind, flags = _BODY.unpack(body)
     if kind == 0 or check != zlib.crc32(body):
         return None
-    return Record(sequence, unique, ino, offset, length, place, kind, flags)
+    if kind == Kind.TIMES:
+        offset, length = _signed(offset), _signed(length)
+    return Record(sequence, unique, ino, offset, length, page * PAGE, kind, flags, _signed(mtime_ns))
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number & _SIGN else number
