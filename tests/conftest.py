@@ -6,7 +6,9 @@ import contextlib
 import json
 import os
 import secrets
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -46,6 +48,15 @@ class Mounted:
     def status(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(wbfuse("status", "--json", str(self.path), check=True).stdout)
         return found
+
+    def kill(self) -> None:
+        """SIGKILL keeper and worker, so that nobody goes on; the log goes with them."""
+        state = self.status()
+        for pid in (state["keeper"]["pid"], state["worker"]["pid"]):
+            ended = os.pidfd_open(pid)
+            os.kill(pid, signal.SIGKILL)
+            select.select([ended], [], [])
+            os.close(ended)
 
     def umount(self) -> None:
         done = wbfuse("umount", str(self.path))

@@ -127,7 +127,7 @@ def test_a_mount_point_or_source_in_use_is_refused(mounter: Mounter, workdir: Pa
 @needs_mount
 def test_a_dead_mount_is_named_and_removed(mounter: Mounter) -> None:
     m = mounter()
-    os.kill(m.status()["worker"]["pid"], signal.SIGKILL)
+    m.kill()
     assert wait_until(lambda: wbfuse("status", str(m.path)).returncode == 2)
     refused = wbfuse("mount", str(m.source), str(m.path))
     assert refused.returncode == 2
@@ -176,7 +176,7 @@ def test_sync_makes_a_file_and_a_whole_mount_durable(mounter: Mounter) -> None:
 @needs_mount
 def test_a_busy_mount_is_not_unmounted_but_may_be_detached(mounter: Mounter) -> None:
     m = mounter("--on-close", "background")
-    pid = m.status()["worker"]["pid"]
+    pid = m.status()["keeper"]["pid"]
     with open(m.path / "a", "wb", buffering=0) as f:
         f.write(b"before")
         busy = wbfuse("umount", str(m.path))

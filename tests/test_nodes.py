@@ -132,7 +132,7 @@ def test_a_journal_taken_from_a_dead_server_names_what_is_open(mounter: Mounter)
     fds = Path(f"/proc/{pid}/fd")
     memfd = next(fd for fd in fds.iterdir() if "wbfuse-journal" in str(fd.readlink()))
     journal = Journal(os.open(memfd, os.O_RDWR))
-    os.kill(pid, 9)
+    m.kill()
     nodes = Nodes(ROOT, stat.S_IFDIR, again(journal))
     handles = [handle for _, handle in OpenTable(journal).all()]
     assert {h.writable for h in handles} == {True, False}

@@ -511,7 +511,7 @@ def test_sigterm_ends_a_mount_whose_store_fails_once_it_heals(
 ) -> None:
     make, script = faulty
     m = make(*BACKGROUND)
-    pid = m.status()["worker"]["pid"]
+    pid = m.status()["keeper"]["pid"]
     script({"commit": "EIO"})
     (m.path / "a").write_bytes(b"patience")
     os.kill(pid, signal.SIGTERM)
@@ -525,7 +525,7 @@ def test_sigterm_ends_a_mount_whose_store_fails_once_it_heals(
 def test_a_second_signal_ends_it_all_the_same(faulty: tuple[Mounter, Callable[[dict[str, object]], None]]) -> None:
     make, script = faulty
     m = make(*BACKGROUND)
-    pid = m.status()["worker"]["pid"]
+    pid = m.status()["keeper"]["pid"]
     script({"commit": "EIO"})
     (m.path / "a").write_bytes(b"lost, and said so")
     os.kill(pid, signal.SIGTERM)

@@ -10,7 +10,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -174,7 +173,7 @@ def test_after_a_kill_the_file_is_its_history_cut_at_one_point(mounter: Mounter,
         if n % 500 == 0:
             os.fsync(fd)
             synced = n
-    os.kill(m.status()["worker"]["pid"], signal.SIGKILL)
+    m.kill()
     with pytest.raises(OSError, match=r"not connected|abort"):
         os.fsync(fd)
     with contextlib.suppress(OSError):
@@ -371,7 +370,7 @@ def test_a_volume_is_mounted_once_and_a_dead_mount_is_taken_over_at_once(
     assert "in use by" in refused.stderr
     assert not mounted_here(other)
     (m.path / "f").write_bytes(b"safe")
-    os.kill(m.status()["worker"]["pid"], signal.SIGKILL)
+    m.kill()
     wbfuse("umount", str(m.path), check=True)
     m = mounter(source=volume)
     assert (m.path / "f").read_bytes() == b"safe"

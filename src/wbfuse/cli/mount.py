@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable
 
 import click
 
 from wbfuse.cli.policy import PolicyError, choose
 from wbfuse.cli.stores import collect_options, store_options
 from wbfuse.cli.units import RATE, SIZE, SLOW, TIME
-from wbfuse.control.mount import MIB, Mount, Spec
+from wbfuse.control.keeper import Keeper
+from wbfuse.control.mount import MIB, Spec
 from wbfuse.control.paths import ControlError, log_path, make_runtime_dir
 from wbfuse.session.mount import MountError, check_mountpoint
-from wbfuse.store.contract import SourceError
 from wbfuse.store.shaped import Shape
-from wbfuse.writeback.log import LogError, free_memory
-
-KNOWN = (MountError, SourceError, LogError, ControlError, PolicyError)
+from wbfuse.writeback.log import free_memory
 
 
 def default_log_size() -> int:
@@ -158,7 +153,7 @@ def mount(
             shape=shape,
             read_only=read_only or "ro" in words,
             options=[w for w in words if w not in ("ro", "default_permissions")],
-            debug=logging.getLogger("wbfuse.wire").info if debug_wire else None,
+            debug_wire=debug_wire,
         )
         if volume:
             spec.tuning = {
@@ -167,11 +162,13 @@ def mount(
                 "shared": shared, "lease_wait": lease_wait, "attr_timeout": attr_timeout,
                 "session_timeout": session_timeout, "compact_rate": compact_rate, "dump_interval": dump_interval,
             }  # fmt: skip
-    except KNOWN as e:
+    except (MountError, ControlError, PolicyError) as e:
         raise click.UsageError(str(e)) from e
     if foreground:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
-        code = run(spec, lambda error: click.echo(f"wbfuse: {error}" if error else f"{path}: mounted", err=True))
+        code = Keeper(
+            spec.encode(), lambda error: click.echo(f"wbfuse: {error}" if error else f"{path}: mounted", err=True)
+        ).run()
     else:
         code = start(spec)
     sys.exit(code)
@@ -181,35 +178,6 @@ def _absolute(meta: str) -> str:
     """META with an absolute path where it names a file: the server does not stay in this directory."""
     prefix = "sqlite:///"
     return prefix + os.path.abspath(meta.removeprefix(prefix)) if meta.startswith(prefix) else meta
-
-
-def run(spec: Spec, report: Callable[[str | None], None]) -> int:
-    """Serve in this process until unmounted or told to end. `report` gets None once the mount answers, else why not."""
-    os.umask(0)
-    told = threading.Event()
-    ending: list[threading.Thread] = []
-    try:
-        served = Mount(spec)
-    except KNOWN as e:
-        report(str(e))
-        return 2
-
-    def on_signal(_number: int, _frame: object) -> None:
-        if told.is_set():
-            served.hurry()
-            return
-        told.set()
-        thread = threading.Thread(target=served.stop, name="stop", daemon=True)
-        ending.append(thread)
-        thread.start()
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, on_signal)
-    report(None)
-    served.wait()
-    for thread in ending:
-        thread.join()
-    return 1 if served.lost else 0
 
 
 def start(spec: Spec) -> int:
@@ -246,7 +214,7 @@ def _serve_detached(spec: Spec, pipe: int) -> None:
             os.write(pipe, error.encode() if error else b"ready")
             os.close(pipe)
 
-        code = run(spec, report)
+        code = Keeper(spec.encode(), report).run()
         if code == 0:
             os.unlink(log_path(spec.mountpoint))  # it ended well: nobody will ask
     except BaseException:

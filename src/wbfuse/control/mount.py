@@ -15,20 +15,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from wbfuse.control import paths
 from wbfuse.control.server import ControlServer, Message
 from wbfuse.filesystem.cached_fs import CachedFileSystem
 from wbfuse.filesystem.store_fs import StoreFileSystem
-from wbfuse.journal import Journal
+from wbfuse.journal import Journal, Kind
 from wbfuse.session.mount import MountError, find_mount, is_busy, max_pages_limit, tune_bdi, unmount
-from wbfuse.session.serve import Options, attach, detach
-from wbfuse.store.contract import ROOT_INO, Piece, Store
+from wbfuse.session.serve import Options, attach, detach, resume
+from wbfuse.store.contract import ROOT_INO, Piece, SourceError, Store
 from wbfuse.store.directory import DirectoryStore
 from wbfuse.store.shaped import Shape, shaped
-from wbfuse.wire.negotiate import PAGE
+from wbfuse.wire.negotiate import PAGE, Agreement
 from wbfuse.writeback import quarantine
 from wbfuse.writeback.cache import WritebackCache
 from wbfuse.writeback.engine import Engine
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 _READ_AHEAD_KB = 4096
+_LOOK_AGAIN = 1.0
 _KERNELS_GUESS = 100e6
 _LEAST_SHARE, _FIRST_SHARE = 2 * MIB, 4 * MIB
 """What the kernel may hold of a slow store, and of one that has not been measured."""
@@ -57,9 +58,18 @@ class Spec:
     shape: Shape = field(default_factory=Shape)
     read_only: bool = False
     options: list[str] = field(default_factory=list)
-    debug: Callable[[str], None] | None = None
+    debug_wire: bool = False
+    """Log each request and reply."""
     tuning: dict[str, Any] = field(default_factory=dict)
     """Of a volume: arguments of `volume.Tuning`."""
+
+    def encode(self) -> dict[str, Any]:
+        """As a value that JSON knows, for `decode`."""
+        return asdict(self)
+
+    @classmethod
+    def decode(cls, value: dict[str, Any]) -> Spec:
+        return cls(**value | {"shape": Shape(**value["shape"])})
 
     @property
     def is_volume(self) -> bool:
@@ -89,10 +99,15 @@ def open_store(spec: Spec, journal: Journal) -> Store:
 
 
 class Mount:
-    """A mount that is served by this process. Raises MountError, SourceError or LogError where it cannot be made."""
+    """A mount that is served by this process. Raises MountError, SourceError or LogError where it cannot be made.
 
-    def __init__(self, spec: Spec) -> None:
+    `kept` has the descriptors of a mount whose server died, by name: it is gone on with. Else a new one is made, and
+    `keep` is given its descriptors. `deaths`: of servers in the last minute, for status.
+    """
+
+    def __init__(self, spec: Spec, kept: dict[str, int], keep: Callable[[str, int], None], deaths: int = 0) -> None:
         self.spec = spec
+        self.deaths = deaths
         self.started = time.time()
         self._stop_lock = threading.Lock()
         self._impatient = threading.Event()
@@ -100,19 +115,24 @@ class Mount:
         """Bytes that were given up at the end."""
         self._aside: list[str] = []
         """Quarantine entries of which no sync has told yet."""
-        self.journal = Journal()
-        self._store: Any = open_store(spec, self.journal)
+        self._kept = kept
+        self.journal = Journal(kept.get("journal"))
+        agreed = self.journal.inherited(Kind.AGREEMENT).get(0)
+        self._store: Any = self._open_store()
         store, self._meter = shaped(self._store, spec.shape)
         self.cache: WritebackCache | None = None
         self.engine: Engine | None = None
         try:
             self.fs = self._build(store)
-            options = [*spec.options, "default_permissions"] + (["ro"] if spec.read_only else [])
-            self.session, self.path = attach(
-                self.fs,
-                spec.mountpoint,
-                Options(fsname=spec.name, options=options, debug=spec.debug),
-            )
+            if kept and agreed is not None:
+                self.fs.take_over()
+                self.path = spec.mountpoint
+                self.session = resume(self.fs, kept["fuse"], Agreement.decode(agreed), self._debug)
+            else:
+                options = [*spec.options, "default_permissions"] + (["ro"] if spec.read_only else [])
+                self.session, self.path = attach(
+                    self.fs, spec.mountpoint, Options(fsname=spec.name, options=options, debug=self._debug)
+                )
         except BaseException:
             store.close()
             raise
@@ -126,10 +146,33 @@ class Mount:
                     "umount": self._do_umount,
                     "clone": self._do_clone,
                 },
+                kept.get("control"),
             )
         except BaseException:
-            detach(self.session, self.path)
+            if not kept:
+                detach(self.session, self.path)
             raise
+        if not kept:
+            keep("fuse", self.session.fd)
+            keep("journal", self.journal.fd)
+            keep("control", self._control.fd)
+            if self.cache is not None:
+                keep("log", self.cache.log.fd)
+
+    @property
+    def _debug(self) -> Callable[[str], None] | None:
+        return logging.getLogger("wbfuse.wire").info if self.spec.debug_wire else None
+
+    def _open_store(self) -> Store:
+        """The store; one that was there for the server before this one is waited for."""
+        while True:
+            try:
+                return open_store(self.spec, self.journal)
+            except SourceError as e:
+                if not self._kept:
+                    raise
+                log.warning("%s; trying again", e)
+            self._impatient.wait(_LOOK_AGAIN)
 
     def _build(self, store: Store) -> StoreFileSystem:
         spec = self.spec
@@ -139,10 +182,11 @@ class Mount:
         max_write = min(StoreFileSystem.max_write, max_pages_limit() * PAGE)
         # Root tells the kernel how much it may hold (see _tune); others have to live with its default.
         kernel_dirty = self._kernel_share() if os.geteuid() == 0 else kernel_dirty_share()
-        self.cache = WritebackCache(store, spec.log_size, max_write, kernel_dirty)
+        self.cache = WritebackCache(
+            store, spec.log_size, max_write, kernel_dirty, journal=self.journal, log_fd=self._kept.get("log")
+        )
         self.engine = Engine(self.cache, spec.dirty_expire)
         self.engine.keep = self._set_aside
-        self.engine.start()
         outer = self
 
         class Draining(CachedFileSystem):
@@ -286,7 +330,8 @@ class Mount:
             "read_only": spec.read_only,
             "shared": bool(spec.tuning.get("shared")),
             "started": self.started,
-            "worker": {"pid": os.getpid()},
+            "keeper": {"pid": os.getppid()},
+            "worker": {"pid": os.getpid(), "deaths": self.deaths},
             "dirty_bytes": 0,
             "writeback_bytes": 0,
             "last_error": "",
@@ -347,7 +392,7 @@ class Mount:
         yield {"done": True}
 
     def _do_umount(self, request: Message) -> Iterator[Message]:
-        yield {"pid": os.getpid()}
+        yield {"pid": os.getppid()}
         for left in self._barrier():
             yield {"left": left}
         unmount(self.path, bool(request.get("lazy")))

@@ -26,24 +26,33 @@ _LONGEST = 65536
 
 
 class ControlServer:
-    """Listens on `path` until `close`."""
+    """Listens on `path` until `close`; with `fd` (owned from now on), on a socket that listens there already."""
 
-    def __init__(self, path: str, commands: dict[str, Command]) -> None:
+    def __init__(self, path: str, commands: dict[str, Command], fd: int | None = None) -> None:
         self._commands = commands
         self.path = path
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)  # of a mount that died: ours has just been made on the same directory
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        mask = os.umask(0o177)
-        try:
-            self._socket.bind(path)
-        finally:
-            os.umask(mask)
-        self._socket.listen(16)
+        self._socket = self._listen(path) if fd is None else socket.socket(fileno=fd)
         self._lock = threading.Lock()
         self._busy: set[threading.Thread] = set()
         self._thread = threading.Thread(target=self._accept, name="control", daemon=True)
         self._thread.start()
+
+    @staticmethod
+    def _listen(path: str) -> socket.socket:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # of a mount that died: ours has just been made on the same directory
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        mask = os.umask(0o177)
+        try:
+            listening.bind(path)
+        finally:
+            os.umask(mask)
+        listening.listen(16)
+        return listening
+
+    @property
+    def fd(self) -> int:
+        return self._socket.fileno()
 
     def close(self) -> None:
         """Stop listening; running commands may finish their answer."""

@@ -83,8 +83,10 @@ class CachedFileSystem(StoreFileSystem):
         super().init(agreement)
         self.cache.can_resend = bool(agreement.capabilities & Cap.HAS_RESEND)
         self.engine.on_room = self._ask_again
+        self.engine.start()
 
     def take_over(self) -> None:
+        """Also replays the log."""
         for ino, records in self.cache.inherited().items():
             self.engine.take_over(ino, records)
         super().take_over()

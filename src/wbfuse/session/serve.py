@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from wbfuse.filesystem.api import FileSystem
 from wbfuse.session.mount import MountError, MountOptions, check_mountpoint, is_busy, mount, unmount
 from wbfuse.session.session import Session
+from wbfuse.wire.negotiate import Agreement
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,13 @@ def attach(fs: FileSystem, mountpoint: str, options: Options | None = None) -> t
         detach(session, path)
         raise MountError(f"{path}: {session.failure}")
     return session, path
+
+
+def resume(fs: FileSystem, fd: int, agreement: Agreement, debug: Callable[[str], None] | None = None) -> Session:
+    """Serve `fs` over the connection of a server that died, which had agreed on `agreement` with the kernel."""
+    session = Session(fd, fs, debug)
+    session.start(agreement)
+    return session
 
 
 def detach(session: Session, path: str) -> None:

@@ -35,7 +35,7 @@ from wbfuse.session.notifier import Notifier
 from wbfuse.session.pool import Pool
 from wbfuse.wire import replies, text
 from wbfuse.wire import requests as wire
-from wbfuse.wire.constants import IN_HEADER, UNIQUE_RESEND, WRITE_PREFIX, Opcode
+from wbfuse.wire.constants import IN_HEADER, UNIQUE_RESEND, WRITE_PREFIX, Cap, Opcode
 from wbfuse.wire.negotiate import Agreement, Wishes, negotiate
 
 log = logging.getLogger(__name__)
@@ -120,10 +120,21 @@ class Session:
 
     # life
 
-    def start(self) -> None:
-        """Start the first reader; the others follow once INIT has been answered."""
+    def start(self, agreement: Agreement | None = None) -> None:
+        """Start the first reader; the others follow once INIT has been answered.
+
+        With `agreement` it was answered, by a server that died: what that one left unanswered is asked for again.
+        """
         sys.setswitchinterval(50e-6)  # the default of 5 ms lets one busy thread starve the reader
+        if agreement is not None:
+            self.agreement = agreement
+            self.fs.init(agreement)
         self._start_reader()
+        if agreement is not None:
+            self._settle()
+            self.ready.set()
+            if agreement.capabilities & Cap.HAS_RESEND:
+                self.notifier.send(replies.notify_resend())
         threading.Thread(target=self._finish, name="session-end", daemon=True).start()
 
     def wait(self) -> None:
@@ -321,13 +332,17 @@ class Session:
             self.send_error(request, errno.EPROTO)
             self.ready.set()
             return
+        self._settle()
+        self.send_value(request, Agreement.encode, self.agreement)
+        self.ready.set()
+
+    def _settle(self) -> None:
+        """What was agreed on is known: serve with all that was planned for."""
         gc.collect()
         gc.freeze()  # what lives from here to the end is not looked at again
         gc.set_threshold(50_000, 20, 50)  # nodes and files are no cycles: looking through all of them is in vain
-        for _ in range(fs.readers - 1):
+        for _ in range(self.fs.readers - 1):
             self._start_reader()
-        self.send_value(request, Agreement.encode, self.agreement)
-        self.ready.set()
 
     def _serve(self, route: Route, request: Request, body: Any, received: int = 0) -> None:
         try:

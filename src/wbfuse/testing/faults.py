@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from wbfuse.cli import mount as command
+from wbfuse.control import keeper, worker
 from wbfuse.control import mount as control
 from wbfuse.journal import Journal
 from wbfuse.store.contract import Progress, Round, Store
@@ -63,14 +65,19 @@ class FaultyStore:
 
 
 def main() -> None:
-    script = sys.argv.pop(1)
+    if sys.argv[1] != "--worker":
+        script = os.path.abspath(sys.argv.pop(1))
+        keeper.WORKER = ("-m", "wbfuse.testing.faults", "--worker", script)
+        command.mount.main(prog_name="faults")
+        return
+    script = sys.argv[2]
     build: Callable[[control.Spec, Journal], Store] = control.open_store
 
     def faulty(spec: control.Spec, journal: Journal) -> Store:
         return cast(Store, FaultyStore(build(spec, journal), script))
 
     control.open_store = faulty
-    command.mount.main(prog_name="faults")
+    worker.main()
 
 
 if __name__ == "__main__":

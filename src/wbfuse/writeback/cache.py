@@ -304,7 +304,8 @@ class WritebackCache:
             f.marked = True
             for segment, record in records:
                 self._replay(f, segment, record)
-            self._dirtied(f)
+            if attr is not None:
+                self._dirtied(f)
             return f
 
     def _replay(self, f: File, segment: int, r: Record) -> None:

@@ -102,6 +102,9 @@ class Engine:
         f = cache.replay(ino, None, records)
         f.fenced = True
         self._set_aside(f)
+        with cache.lock:
+            if not f.core.generations:
+                del cache.files[ino]
 
     def start(self) -> None:
         for thread in self._threads:
@@ -114,7 +117,8 @@ class Engine:
             self.cache.paced.notify_all()
             self.cache.room.notify_all()
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:  # else it was never started
+                thread.join()
 
     # choosing
 

@@ -100,7 +100,11 @@ class DirectoryStore(DirectoryData, Store):
         act(fd.n)
 
     def _clear_orphans(self) -> None:
-        """Files that were unlinked while open, of a mount that did not end well. Nobody can name them any more."""
+        """Files that were unlinked while open, of a mount that did not end well. Nobody can name them any more.
+
+        Those that the journal's nodes have are open still.
+        """
+        needed = {name for node in self._nodes.by_ino.values() for parent, name in node.places if parent == ORPHANAGE}
         try:
             private = Fd(os.open(PRIVATE, _DIR_FLAGS, dir_fd=self._root.n))
             orphans = Fd(os.open(_ORPHANS, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=private.n))
@@ -108,8 +112,9 @@ class DirectoryStore(DirectoryData, Store):
             return
         except OSError as e:
             raise SourceError(f"{PRIVATE.decode()}: cannot be used: {e.strerror}") from e
-        for name in os.listdir(orphans.n):
-            os.unlink(name, dir_fd=orphans.n)
+        for name in map(os.fsencode, os.listdir(orphans.n)):
+            if name not in needed:
+                os.unlink(name, dir_fd=orphans.n)
         self._orphanage = orphans
 
     def _orphans(self) -> Fd:
@@ -343,6 +348,11 @@ class DirectoryStore(DirectoryData, Store):
         with self._table:
             self._nodes.lose(node, place)
 
+    def _found_at(self, node: Node | None, place: Place) -> None:
+        if node is not None:
+            with self._table:
+                self._nodes.add(node, place)
+
     def _lost(self, node: Node | None, place: Place, links: int) -> tuple[int, int]:
         """Book that `place` is gone, where `links` are left that others can see. Held: names."""
         if node is None:
@@ -396,23 +406,25 @@ class DirectoryStore(DirectoryData, Store):
             keep = not flags and not same and self._must_keep(target, new, links)
             if keep and target is not None:
                 self._shelter(target, to, newname)
+            # Where they will be is written down first: a server that dies in between must find them.
+            moves = [(moving, old, new)] + ([(target, new, old)] if flags & RENAME_EXCHANGE else [])
+            for node, _, to_place in moves:
+                self._found_at(node, to_place)
             try:
                 syscalls.renameat2(at.n, name, to.n, newname, flags)
             except OSError:
                 if keep and target is not None:
                     self._unshelter(target)
+                for node, from_place, to_place in moves:
+                    self._found_at(node, from_place)
+                    if not same:
+                        self._lost(node, to_place, 1)
                 raise
             if same:
                 return 0, links  # two names of one file: rename(2) does nothing
-            if moving is not None:
-                with self._table:
-                    self._nodes.add(moving, new)
-                self._lost(moving, old, 1)
+            for node, from_place, _ in moves:
+                self._lost(node, from_place, 1)
             if flags & RENAME_EXCHANGE:
-                if target is not None:
-                    with self._table:
-                        self._nodes.add(target, old)
-                    self._lost(target, new, 1)
                 return 0, 0
             return self._lost(target, new, links - 1)
 
