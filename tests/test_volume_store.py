@@ -21,6 +21,7 @@ from wbfuse.store.volume.admin.gc import collect
 from wbfuse.store.volume.compact import thin_inodes
 from wbfuse.store.volume.database import Database
 from wbfuse.store.volume.layout import FRAME
+from wbfuse.store.volume.objects import MARK
 from wbfuse.store.volume.schema import dentries, extents, inodes, packs, settings
 from wbfuse.testing.store import ME, StoreContract, fails_with, put, read_all
 
@@ -81,6 +82,9 @@ def test_what_a_retained_dump_names_is_not_collected(volume_store: VolumeStore, 
     database = Database(f"sqlite:///{tmp_path}/loaded.db", create=True)
     fresh = load_dump(database, io.BytesIO(store.objects.get_all(key)), store.objects, store.settings["data"])
     database.close()
+    assert fails_with(errno.EPERM, lambda: dump_to_bucket(store.database, store.objects))
+    assert fails_with(errno.EPERM, lambda: collect(store.database, store.objects))
+    store.objects.put(MARK, [store.settings["uuid"].encode()], replace=True)
     for _ in range(4):
         dump_to_bucket(store.database, store.objects)
     collect(store.database, store.objects)

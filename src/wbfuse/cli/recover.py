@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 
 import click
 
 from wbfuse.cli.units import show_size
 from wbfuse.writeback.quarantine import Kept, default_directory, discard, entries
+from wbfuse.writeback.quarantine import export as export_entry
 
 
 def _line(kept: Kept) -> str:
@@ -47,7 +47,7 @@ def recover(name: str | None, export: str | None, throw: bool) -> None:
     if export:
         if os.path.lexists(export):
             raise click.UsageError(f"{export}: is there already")
-        shutil.copy2(kept.data, export)
+        export_entry(kept, export)
         click.echo(f"exported to {export}")
     if throw:
         click.confirm(f"remove {name} for good?", abort=True)

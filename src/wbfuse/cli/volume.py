@@ -130,7 +130,8 @@ def dump(meta: str, file: str | None, **words: Any) -> None:
     """Write names and maps of the volume META to FILE, or into its own bucket, as of one moment.
 
     With the packs in the bucket, a dump is all that `wbfuse load` needs. A mount writes one into the bucket at
-    intervals (--dump-interval).
+    intervals (--dump-interval). Garbage collection keeps the packs that dumps in the bucket name; it does not know of
+    FILE, so load that one before much has been overwritten.
     """
     from wbfuse.store.volume.admin.dump import dump_to_bucket, write_dump
 

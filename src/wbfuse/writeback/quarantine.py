@@ -6,7 +6,9 @@ they are. An entry is there whole or not at all: it is made under a temporary na
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -16,7 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from wbfuse.store.contract import Piece
+from wbfuse.store.directory.syscalls import fallocate
+from wbfuse.wire.constants import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE
 
+log = logging.getLogger(__name__)
+
+_COPY = 8 << 20
 _MANIFEST, _DATA = "manifest.json", "data"
 
 
@@ -80,7 +87,12 @@ def keep(directory: str, source: str, ino: int, path: str, size: int, rounds: It
 
 def _write(fd: int, piece: Piece) -> None:
     at = piece.offset
-    for buffer in piece.buffers if piece.buffers is not None else [memoryview(bytes(piece.length))]:
+    if piece.buffers is None:
+        length = min(piece.length, os.fstat(fd).st_size - at)
+        if length > 0:
+            fallocate(fd, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, at, length)
+        return
+    for buffer in piece.buffers:
         done = 0
         while done < len(buffer):
             done += os.pwrite(fd, buffer[done:], at + done)
@@ -105,10 +117,34 @@ def entries(directory: str) -> list[Kept]:
     for name in sorted(os.listdir(directory)):
         if not name.startswith("."):
             path = os.path.join(directory, name)
-            with open(os.path.join(path, _MANIFEST), encoding="utf-8") as f:
-                out.append(Kept(name, path, json.load(f)))
+            try:
+                with open(os.path.join(path, _MANIFEST), encoding="utf-8") as f:
+                    out.append(Kept(name, path, json.load(f)))
+            except (OSError, ValueError) as e:
+                log.warning("%s: not an entry of the quarantine: %s", path, e)
     return out
 
 
 def discard(kept: Kept) -> None:
-    shutil.rmtree(kept.path)
+    going = os.path.join(os.path.dirname(kept.path), f".{kept.name}")
+    os.rename(kept.path, going)  # half an entry is none
+    shutil.rmtree(going)
+
+
+def export(kept: Kept, target: str) -> None:
+    """Copy the bytes of an entry to a new file, holes as holes. Raises OSError."""
+    with open(kept.data, "rb") as source, open(target, "xb") as out:
+        size = os.fstat(source.fileno()).st_size
+        out.truncate(size)
+        at = 0
+        while at < size:
+            try:
+                at = os.lseek(source.fileno(), at, os.SEEK_DATA)
+            except OSError as e:
+                if e.errno == errno.ENXIO:  # holes up to the end
+                    break
+                raise
+            end = os.lseek(source.fileno(), at, os.SEEK_HOLE)
+            while at < end:
+                at += os.pwrite(out.fileno(), os.pread(source.fileno(), min(end - at, _COPY), at), at)
+        os.fsync(out.fileno())

@@ -120,9 +120,16 @@ class Compactor:
 
     def compact(self, ino: int) -> int:
         """Bring a file's map to few rows. Answers how many windows were rewritten."""
-        database, leases = self._store.database, self._store.leases
-        if leases is not None and ino not in leases:
-            return 0  # its next writer will
+        try:
+            with self._store.writing(ino):
+                return self._compact(ino)
+        except OSError as e:
+            if e.errno == errno.EBUSY:
+                return 0  # another host writes it, and will see to it
+            raise
+
+    def _compact(self, ino: int) -> int:
+        database = self._store.database
         layer = database.query(
             lambda c: c.execute(select(inodes.c.layer).where(inodes.c.ino == ino)).scalar_one_or_none()
         )

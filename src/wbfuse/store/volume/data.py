@@ -146,8 +146,10 @@ class VolumeData(VolumeReads):
     def _learn_data(self, row: Any, round_: Round) -> None:
         """A round was committed, and this is the row now."""
         ranges = None if round_.lowest is not None else [(p.offset, p.offset + p.length) for p in round_.pieces]
-        self.maps.changed(row.ino, ranges)
-        self.maps.is_version(row.ino, row.version)
+        if self.leases is None:
+            self.maps.changed(row.ino, ranges)
+        else:
+            self.maps.committed(row.ino, row.version, ranges)
         self.nodes.learn(row)
         if round_.pieces:
             self.compactor.wrote(row.ino)
@@ -178,11 +180,11 @@ class VolumeData(VolumeReads):
     def _now(self, round_: Round) -> None:
         """Commit a change that somebody waits for."""
         round_.mtime_ns = time.time_ns()
-        with self._writing(round_.ino):
+        with self.writing(round_.ino):
             self.commit([round_], lambda _n: None)
 
     @contextlib.contextmanager
-    def _writing(self, ino: int) -> Iterator[None]:
+    def writing(self, ino: int) -> Iterator[None]:
         """The file is held, and leased where that is needed, while the block runs."""
         self.hold(ino)
         try:
@@ -252,7 +254,7 @@ class VolumeData(VolumeReads):
     def copy_range(self, source: int, offset: int, target: int, target_offset: int, length: int) -> int:
         """Rows are copied, never bytes; a whole file, or what continues one, becomes a layer (`_share`)."""
         self.nodes.known(source)
-        with self._writing(target):
+        with self.writing(target):
             return self._copy_range(source, offset, target, target_offset, length)
 
     def _copy_range(self, source: int, offset: int, target: int, target_offset: int, length: int) -> int:

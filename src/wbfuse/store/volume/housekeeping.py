@@ -26,7 +26,7 @@ class Housekeeper:
         self._database = database
         self._objects = objects
         self._dump_interval = dump_interval
-        self._dumped: tuple[int, int] | None = None
+        self._dumped: tuple[int, ...] | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="housekeeper", daemon=True)
         self._thread.start()
@@ -44,7 +44,7 @@ class Housekeeper:
                     log.warning("housekeeping: %s", e)
 
     def _collect(self) -> None:
-        collect(self._database, self._objects)
+        collect(self._database, self._objects, stop=self._ended.is_set)
 
     def _dump(self) -> None:
         """Dump, where the last one is old and something has changed since this mount made one."""
@@ -53,8 +53,8 @@ class Housekeeper:
         newest = self._database.query(lambda c: c.execute(select(func.max(dumps.c.made_ns))).scalar_one())
         if newest is not None and time.time_ns() - newest < self._dump_interval * 1e9:
             return
-        state = select(func.count(), func.coalesce(func.sum(inodes.c.version), 0)).select_from(inodes)
-        count, versions = self._database.query(lambda c: c.execute(state).one())
-        if self._dumped != (count, versions):
+        everything = (func.count(), func.sum(inodes.c.version), func.max(inodes.c.ino), func.max(inodes.c.ctime_ns))
+        state = tuple(self._database.query(lambda c: c.execute(select(*everything)).one()))
+        if self._dumped != state:
             log.info("dumped to %s", dump_to_bucket(self._database, self._objects))
-            self._dumped = count, versions
+            self._dumped = state

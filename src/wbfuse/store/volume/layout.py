@@ -51,6 +51,15 @@ def pack_key(pack: int) -> str:
     return f"packs/{pack % 256:02x}/{pack:x}"
 
 
+def pack_of(key: str) -> int | None:
+    """The pack whose object this is; None where it is none of ours."""
+    digits = key.rpartition("/")[2]
+    if len(digits) > 15 or not all(d in "0123456789abcdef" for d in digits) or not digits:
+        return None
+    number = int(digits, 16)
+    return number if pack_key(number) == key else None
+
+
 def encode_frames(frames: Iterable[Frame]) -> bytes:
     return b"".join(_FRAME_INFO.pack(*f) for f in frames)
 

@@ -49,7 +49,6 @@ class Leases:
         self._held = held
         self._lock = threading.Lock()
         self._mine: set[int] = set()
-        self._leaving: set[int] = set()
         self._closed = threading.Event()
         self._queue: SimpleQueue[int | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._give_back, name="leases", daemon=True)
@@ -61,7 +60,6 @@ class Leases:
     def acquire(self, ino: int) -> bool:
         """Take the lease; whether it was not here before. EBUSY where a living host has it."""
         with self._lock:
-            self._leaving.discard(ino)
             if ino in self._mine:
                 return False
         until = time.monotonic() + self._wait
@@ -114,18 +112,13 @@ class Leases:
 
     def release(self, ino: int) -> None:
         """Nobody here has the file open any more. Does not block."""
-        with self._lock:
-            if ino in self._mine and ino not in self._leaving and not self._held(ino):
-                self._leaving.add(ino)
-                self._queue.put(ino)
+        if ino in self._mine:
+            self._queue.put(ino)
 
     def _give_back(self) -> None:
         while (ino := self._queue.get()) is not None:
             with self._lock:
-                if ino not in self._leaving:
-                    continue
-                self._leaving.discard(ino)
-                if self._held(ino):
+                if ino not in self._mine or self._held(ino):  # who acquires holds first
                     continue
                 try:
                     removed = self._database.transact(lambda c, ino=ino: self._leave(c, ino))  # type: ignore[misc]
@@ -137,9 +130,10 @@ class Leases:
                 self._died(ino)
 
     def _leave(self, c: Connection, ino: int) -> bool:
-        mine = (leases.c.ino == ino) & (leases.c.session == self._session.number)
-        c.execute(delete(leases).where(mine))
-        return c.execute(select(inodes.c.nlink).where(inodes.c.ino == ino)).scalar_one_or_none() == 0
+        # Who removes the last name locks the inode, then asks for the holder: one of us sees the other.
+        links = c.execute(select(inodes.c.nlink).where(inodes.c.ino == ino).with_for_update()).scalar_one_or_none()
+        c.execute(delete(leases).where(leases.c.ino == ino, leases.c.session == self._session.number))
+        return links == 0
 
     def close(self) -> None:
         """What is held is given back with the session."""

@@ -94,6 +94,14 @@ class Maps:
             self.changed(ino, None)
             self.is_version(ino, version)
 
+    def committed(self, ino: int, version: int, ranges: Iterable[tuple[int, int]] | None) -> None:
+        """A commit of ours made the row `version` by changing `ranges` (None: any).
+
+        What is here of another version than the one before was changed by somebody else as well: all of it goes.
+        """
+        self.changed(ino, ranges if self._versions.get(ino) == version - 1 else None)
+        self.is_version(ino, version)
+
     def is_version(self, ino: int, version: int) -> None:
         """What is here, or is loaded from now on, is of this version."""
         with self._lock:

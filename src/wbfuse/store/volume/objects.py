@@ -30,6 +30,10 @@ _RETRY: Any = {
 _MEMORY: dict[str, MemoryStore] = {}
 
 
+MARK = "wbfuse-volume"
+"""The object that says which volume a prefix belongs to."""
+
+
 class ObjectsError(Exception):
     """The bucket cannot serve; one line for the person who asked."""
 
@@ -145,8 +149,22 @@ class Objects:
 
     def __init__(self, url: str, options: dict[str, str] | None = None) -> None:
         self.url = url
+        self.owner = ""
+        """The volume that the mark must name, where one was asked for (`own`)."""
         self._store = open_backend(url, options or {})
         self._root = "/" + unquote(urlsplit(url).path).strip("/") if url.startswith("file:") else None
+
+    def own(self, uuid: str) -> None:
+        """This is the bucket of that volume. Raises OSError: ENOENT without a mark, EPERM with another's."""
+        self.owner = uuid
+        self.check_owner()
+
+    def check_owner(self) -> None:
+        """See that the volume has not been loaded into another database meanwhile, before anything is removed."""
+        if self.owner:
+            mark = self.get_all(MARK).decode(errors="replace")
+            if mark != self.owner:
+                raise OSError(errno.EPERM, f"holds another volume ({mark}, not {self.owner})")
 
     def put(self, key: str, buffers: Sequence[memoryview | bytes], replace: bool = False) -> None:
         """Make the object; durable when this returns. EEXIST where it is there, unless it may be replaced."""
@@ -171,11 +189,20 @@ class Objects:
 
     def get(self, key: str, offset: int, length: int) -> memoryview:
         """Exactly `length` bytes; ETIMEDOUT for less, which is worth another try."""
-        with _told(key):
-            data = memoryview(obstore.get_range(self._store, key, start=offset, length=length))
-        if len(data) != length:
-            raise OSError(errno.ETIMEDOUT, f"{len(data)} bytes came of {length}", key)
-        return data
+        try:
+            with _told(key):
+                data = memoryview(obstore.get_range(self._store, key, start=offset, length=length))
+            if len(data) == length:
+                return data
+            error = OSError(errno.ETIMEDOUT, f"{len(data)} bytes came of {length}", key)
+        except OSError as e:
+            if e.errno != errno.ETIMEDOUT:
+                raise
+            error = e
+        size = self.size(key)
+        if size < offset + length:  # trying again would not help
+            raise OSError(errno.EIO, f"the object has {size} bytes, {offset + length} are needed", key)
+        raise error
 
     def get_all(self, key: str) -> bytes:
         with _told(key):

@@ -14,7 +14,7 @@ from wbfuse.store.volume.layout import Extent, decode_frames, without_gaps
 from wbfuse.store.volume.maps import WINDOW
 from wbfuse.store.volume.names import fail
 from wbfuse.store.volume.readahead import Streams
-from wbfuse.store.volume.rows import next_data, resolve
+from wbfuse.store.volume.rows import MAX_SIZE, next_data, resolve
 from wbfuse.store.volume.schema import inodes
 
 _KEEP_STREAMS = 256
@@ -45,7 +45,9 @@ class VolumeReads(VolumeClones):
         return self.maps.get(ino, start, end) or self.database.query(lambda c: self._resolved(c, ino, start, end))
 
     def _load(self, ino: int, number: int) -> list[Extent]:
-        return self.database.query(lambda c: self._resolved(c, ino, number * WINDOW, (number + 1) * WINDOW))
+        return self.database.query(
+            lambda c: self._resolved(c, ino, number * WINDOW, min(MAX_SIZE, (number + 1) * WINDOW))
+        )
 
     @staticmethod
     def _resolved(c: Connection, ino: int, start: int, end: int) -> list[Extent]:
@@ -164,3 +166,5 @@ def _copy(extent: Extent, raw: dict[Place, bytes], buffer: memoryview) -> None:
         done += len(part)
         skip = 0
         at += frame.stored
+    if done != extent.length:
+        raise OSError(errno.EIO, f"a row of the map has {extent.length} bytes and its frames {done}")

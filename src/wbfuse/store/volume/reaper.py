@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 _INODES = 256
 _GATHER, _RETRY = 0.3, 5.0
 _ROWS = 4096
+_PACKS = 4096
+"""So many in one statement."""
 
 
 def remove_inodes(c: Connection, inos: list[int], session: int = 0) -> list[int]:
@@ -32,7 +34,8 @@ def remove_inodes(c: Connection, inos: list[int], session: int = 0) -> list[int]
     gone = c.execute(
         delete(inodes).where(inodes.c.ino.in_(theirs), inodes.c.nlink == 0).returning(inodes.c.ino, inodes.c.layer)
     ).all()
-    c.execute(delete(orphans).where(orphans.c.ino.in_([g.ino for g in gone])))
+    nameless = select(inodes.c.ino).where(inodes.c.ino == orphans.c.ino, inodes.c.nlink == 0).exists()
+    c.execute(delete(orphans).where(orphans.c.ino.in_(inos), mine, ~nameless))  # also of what never was an orphan
     c.execute(delete(xattrs).where(xattrs.c.ino.in_([g.ino for g in gone])))
     return leave_layers(c, [g.layer for g in gone if g.layer])
 
@@ -79,14 +82,31 @@ def leftovers(c: Connection, limit: int) -> tuple[list[int], list[int], list[int
 
 
 def delete_packs(database: Database, objects: Objects, numbers: list[int]) -> int:
-    """Delete packs that are pending or doomed: first nobody may take them any more, then the object, then the row."""
+    """Delete packs that are pending or doomed: first nobody may take them any more, then the object, then the row.
+
+    That first transaction is durable, and so is what emptied them: a power cut cannot bring back rows that name them.
+    An object that cannot be deleted keeps its row, and is raised once the others are gone. Answers how many went.
+    """
+    objects.check_owner()
+    return sum(_delete_some(database, objects, numbers[i : i + _PACKS]) for i in range(0, len(numbers), _PACKS))
+
+
+def _delete_some(database: Database, objects: Objects, numbers: list[int]) -> int:
     there = (packs.c.pack.in_(numbers)) & packs.c.state.in_((PENDING, DOOMED))
     doom = update(packs).where(there).values(state=DOOMED).returning(packs.c.pack)
-    doomed = database.transact(lambda c: list(c.execute(doom).scalars()))
+    doomed = database.transact(lambda c: list(c.execute(doom).scalars()), durable=True)
+    gone, error = [], None
     for number in doomed:
-        objects.delete(pack_key(number))
-    database.transact(lambda c: c.execute(delete(packs).where(packs.c.pack.in_(doomed), packs.c.state == DOOMED)))
-    return len(doomed)
+        try:
+            objects.delete(pack_key(number))
+        except OSError as e:
+            error = e
+        else:
+            gone.append(number)
+    database.transact(lambda c: c.execute(delete(packs).where(packs.c.pack.in_(gone), packs.c.state == DOOMED)))
+    if error is not None:
+        raise error
+    return len(gone)
 
 
 class Reaper:

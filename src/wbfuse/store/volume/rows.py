@@ -6,6 +6,7 @@ What a change does to the use of packs is added up by the caller (`live`) and to
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -103,6 +104,8 @@ def resolve(c: Connection, layer: int, start: int, end: int) -> list[Extent]:
                         rest.append((a, min(b, row.base_size)))
                 elif extent.pack != HOLE:
                     out.append(extent)
+        if row.base >= layer:
+            raise OSError(errno.EIO, f"layer {layer} stands on layer {row.base}, which is not below it")
         gaps, layer = rest, row.base
     out.sort()
     return out

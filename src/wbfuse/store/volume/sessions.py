@@ -182,7 +182,13 @@ class Session:
 
     def silent(self, session: int) -> bool:
         """Whether another session has not moved for a timeout, or its process is known to be dead."""
-        row = self._database.query(lambda c: c.execute(select(sessions).where(sessions.c.session == session)).first())
+        try:
+            row = self._database.query(
+                lambda c: c.execute(select(sessions).where(sessions.c.session == session)).first()
+            )
+        except OSError:
+            self._blind()
+            raise
         if row is None or is_dead(row.process):
             return True
         now = time.monotonic()
@@ -193,6 +199,11 @@ class Session:
                 since = now
             self._seen[session] = row.beat, since
         return bool(now - since > row.timeout_ms / 1000)
+
+    def _blind(self) -> None:
+        """The database could not be asked, so nobody could be heard: silence counts from here on."""
+        with self._lock:
+            self._seen.clear()
 
     def _watch_others(self) -> None:
         others = self._database.query(
@@ -205,15 +216,19 @@ class Session:
         mine = sessions.c.session == self.number
         beat = update(sessions).where(mine).values(beat=sessions.c.beat + 1)
         while not self._closed.wait(self.timeout / _BEATS):
+            began = time.monotonic()
             try:
                 if self._database.transact(lambda c: c.execute(beat).rowcount) == 0:
                     if not self.fenced.is_set():
                         log.error("this mount was fenced: another host has taken the volume over")
                     self.fenced.set()
                     return
+                if time.monotonic() - began > self.timeout / _BEATS:
+                    self._blind()  # whoever waited as long as this could not beat either
                 if self.shared:
                     self._watch_others()
             except Exception as e:  # noqa: BLE001 - without a heartbeat others would take the mount for dead
+                self._blind()
                 log.warning("heartbeat: %s", e)
 
     def close(self) -> None:

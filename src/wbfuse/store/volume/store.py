@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -25,7 +26,7 @@ from wbfuse.store.volume.leases import Leases
 from wbfuse.store.volume.maps import Maps
 from wbfuse.store.volume.names import MOVES
 from wbfuse.store.volume.nodes import Nodes
-from wbfuse.store.volume.objects import Objects, ObjectsError, explain
+from wbfuse.store.volume.objects import MARK, Objects, ObjectsError, explain
 from wbfuse.store.volume.packer import COMPRESS
 from wbfuse.store.volume.reaper import Reaper, leftovers
 from wbfuse.store.volume.rows import MAX_SIZE
@@ -38,8 +39,6 @@ log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 PACK_SIZE = 16 * MIB
-MARK = "wbfuse-volume"
-"""The object that says which volume a prefix belongs to."""
 _FIRST_ID = 1024
 _UPLOADS = 8
 _STATFS_SECONDS = 5.0
@@ -90,15 +89,15 @@ def open_objects(found: dict[str, str], options: dict[str, str]) -> Objects:
     saved = {name[7:]: value for name, value in found.items() if name.startswith("option.")}
     try:
         objects = Objects(found["data"], saved | options)
-        mark = objects.get_all(MARK).decode()
+        objects.own(found["uuid"])
     except ObjectsError as e:
         raise VolumeError(str(e)) from e
     except FileNotFoundError as e:
         raise VolumeError(f"{found['data']}: no volume is there (or no such bucket): {e.strerror}") from e
     except OSError as e:
+        if e.errno == errno.EPERM:
+            raise VolumeError(f"{found['data']}: {e.strerror}; was it loaded into another database?") from e
         raise VolumeError(f"{found['data']}: {explain(e)}") from e
-    if mark != found["uuid"]:
-        raise VolumeError(f"{found['data']}: holds another volume ({mark}, not {found['uuid']})")
     return objects
 
 
@@ -113,8 +112,10 @@ def format_volume(
     except DatabaseError as e:
         raise VolumeError(str(e)) from e
     try:
-        if inspect(database.engine).has_table(settings.name):
-            raise VolumeError(f"{database.url.render_as_string()}: there is a volume already; use another database")
+        taken = set(metadata.tables) & set(inspect(database.engine).get_table_names())
+        if taken:
+            what = "a volume" if settings.name in taken else f"a table {min(taken)!r}"
+            raise VolumeError(f"{database.url.render_as_string()}: there is {what} already; use another database")
         values = {
             "uuid": str(uuid.uuid4()), "version": str(VERSION), "data": data, "pack_size": str(pack_size),
             "compress": compress, MOVES: "", "made": str(int(time.time())),
@@ -176,7 +177,12 @@ class VolumeStore(VolumeData, Store):
         self.compress = COMPRESS[self.settings["compress"]]
         disk = None
         if tuning.cache_dir is not None:
-            disk = DiskCache(os.path.join(tuning.cache_dir, self.settings["uuid"]), tuning.cache_size)
+            try:
+                disk = DiskCache(os.path.join(tuning.cache_dir, self.settings["uuid"]), tuning.cache_size)
+            except OSError as e:
+                self.session.close()
+                self.database.close()
+                raise VolumeError(f"{tuning.cache_dir}: cannot be used as --cache: {e.strerror}") from e
         self.frames = FrameCache(self.objects, self.settings["compress"], tuning.memory, disk)
         self.nodes = Nodes(tuning.attr_timeout if tuning.shared else None)
         self._attr_timeout = tuning.attr_timeout

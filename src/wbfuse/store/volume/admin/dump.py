@@ -15,10 +15,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
 from backports import zstd
-from sqlalchemy import Connection, LargeBinary, Table, delete, func, insert, select, update
+from sqlalchemy import Connection, LargeBinary, Table, delete, func, insert, inspect, select, update
+from sqlalchemy.exc import SQLAlchemyError
 
+from wbfuse.store.contract import ROOT_INO
 from wbfuse.store.volume.database import Database
-from wbfuse.store.volume.objects import Objects
+from wbfuse.store.volume.layout import pack_of
+from wbfuse.store.volume.objects import MARK, Objects
 from wbfuse.store.volume.schema import (
     LIVE,
     VERSION,
@@ -41,7 +44,9 @@ KEEP = 3
 """Dumps kept in the bucket."""
 _FORMAT = "wbfuse-dump"
 _ROWS = 5000
+_STUCK_NS = 6 * 3600 * 10**9
 _CHUNK = 1 << 20
+_ZSTD: dict[int, int] = {zstd.CompressionParameter.compression_level: 3, zstd.CompressionParameter.checksum_flag: 1}
 
 Progress = Callable[[int, int], None]
 """Called with rows done and rows in all."""
@@ -56,7 +61,7 @@ def write_dump(database: Database, out: BinaryIO, progress: Progress = lambda _d
     with database.snapshot() as c:
         total = sum(c.execute(select(func.count()).select_from(t)).scalar_one() for t in TABLES)
         done = 0
-        with zstd.ZstdFile(out, "wb", level=3) as packed:
+        with zstd.ZstdFile(out, "wb", options=_ZSTD) as packed:
             packed.write(_line({"format": _FORMAT, "version": VERSION, "rows": total, "made_ns": time.time_ns()}))
             for table in TABLES:
                 binary = [i for i, column in enumerate(table.c) if isinstance(column.type, LargeBinary)]
@@ -100,7 +105,7 @@ def read_dump(source: BinaryIO) -> Iterator[Any]:
                 else:
                     yield _row(value)
                     count += 1
-    except (zstd.ZstdError, EOFError, ValueError, KeyError) as e:
+    except (zstd.ZstdError, EOFError, ValueError, KeyError, TypeError, IndexError) as e:
         raise DumpError(f"not a whole dump: {e}") from e
     raise DumpError("the end is missing")
 
@@ -108,6 +113,8 @@ def read_dump(source: BinaryIO) -> Iterator[Any]:
 def _header(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or value.get("format") != _FORMAT:
         raise DumpError("not a dump of a wbfuse volume")
+    if not isinstance(value["version"], int) or not isinstance(value["rows"], int):
+        raise DumpError("its first line is none")
     if value["version"] > VERSION:
         raise DumpError(f"made by a newer wbfuse (version {value['version']}, this one knows {VERSION}); update it")
     return value
@@ -137,6 +144,7 @@ def dump_to_bucket(database: Database, objects: Objects, progress: Progress = la
 
     number = database.transact(next_number)
     # Its row comes first: from here on gc keeps what this dump is going to name.
+    objects.check_owner()
     database.transact(lambda c: c.execute(insert(dumps).values(number=number, made_ns=time.time_ns(), size=0)))
     buffer = io.BytesIO()
     try:
@@ -152,7 +160,11 @@ def dump_to_bucket(database: Database, objects: Objects, progress: Progress = la
     database.transact(
         lambda c: c.execute(update(dumps).where(dumps.c.number == number).values(size=size)), durable=True
     )
-    numbers = database.query(lambda c: list(c.execute(select(dumps.c.number).order_by(dumps.c.number)).scalars()))
+    # One without a size is being made, or its maker died: it is none to rely on, nor counted.
+    whole = select(dumps.c.number).where(dumps.c.size > 0).order_by(dumps.c.number)
+    numbers = database.query(lambda c: list(c.execute(whole).scalars()))
+    stuck = (dumps.c.size == 0) & (dumps.c.made_ns < time.time_ns() - _STUCK_NS)
+    numbers = [*database.query(lambda c: c.execute(select(dumps.c.number).where(stuck)).scalars().all()), *numbers]
     for old in numbers[:-KEEP]:
         objects.delete(f"{FOLDER}/{old:012d}")
         database.transact(lambda c, old=old: c.execute(delete(dumps).where(dumps.c.number == old)))  # type: ignore[misc]
@@ -175,9 +187,13 @@ def load_dump(
     Raises DumpError; nothing is kept then.
     """
     fresh = str(uuid.uuid4())
-    used = max((int(key.rpartition("/")[2], 16) for key, _ in objects.list("packs")), default=0)
-    there = {int(key.rpartition("/")[2]): size for key, size in objects.list(FOLDER)}
+    mark = objects.get_all(MARK).decode(errors="replace")
+    sizes = {number: size for key, size in objects.list("packs") if (number := pack_of(key)) is not None}
+    used = max(sizes, default=0)
+    there = {int(key.rpartition("/")[2]): size for key, size in objects.list(FOLDER) if key[-1:].isdigit()}
     last_dump = max(there, default=0)
+    if set(metadata.tables) & set(inspect(database.engine).get_table_names()):
+        raise DumpError("the database is not empty: it has tables of the same names")
     metadata.create_all(database.engine)
 
     def fill(c: Connection) -> None:
@@ -199,6 +215,7 @@ def load_dump(
             if batch:
                 c.execute(insert(table), batch)
         progress(total, total)
+        _see_that_it_fits(c, sizes, mark)
         for name, value in (("uuid", fresh), ("data", data)):
             c.execute(update(settings).where(settings.c.name == name).values(value=value))
         # Numbers that were used after the dump must never be used again: their objects may be there.
@@ -216,7 +233,28 @@ def load_dump(
 
     try:
         database.transact(fill, durable=True)
-    except BaseException:
+        objects.put(MARK, [fresh.encode()], replace=True)
+    except BaseException as e:
         metadata.drop_all(database.engine)
+        if isinstance(e, SQLAlchemyError | TypeError | OverflowError | KeyError | IndexError):
+            raise DumpError(f"not a dump that can be used: {type(e).__name__}: {e}") from e
         raise
     return fresh
+
+
+def _see_that_it_fits(c: Connection, sizes: dict[int, int], mark: str) -> None:
+    """The rows are those of a volume, and of the one whose packs are in this bucket. Raises DumpError."""
+    found = {r.name: r.value for r in c.execute(select(settings)).all()}
+    if not {"uuid", "version", "data", "pack_size", "compress"} <= found.keys() or not found["pack_size"].isdigit():
+        raise DumpError("the settings of the volume are not in it")
+    if c.execute(select(inodes.c.ino).where(inodes.c.ino == ROOT_INO)).first() is None:
+        raise DumpError("the root directory is not in it")
+    if set(c.execute(select(counters.c.name)).scalars()) < {"id", "session", "sync", "dump"}:
+        raise DumpError("the counters of the volume are not in it")
+    needed = c.execute(select(packs.c.pack, packs.c.size).where(packs.c.live > 0)).all()
+    wrong = [r.pack for r in needed if sizes.get(r.pack) != r.size]
+    # An older dump may have another uuid than the mark, because the volume was loaded since; its packs tell.
+    if found["uuid"] != mark and 2 * len(wrong) >= len(needed):
+        raise DumpError(
+            f"it is of another volume than this bucket: {len(wrong)} of its {len(needed)} packs are not there"
+        )

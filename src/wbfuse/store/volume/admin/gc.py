@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, func, select, update
 
 from wbfuse.store.volume.database import Database
-from wbfuse.store.volume.layout import pack_key
+from wbfuse.store.volume.layout import pack_of
 from wbfuse.store.volume.objects import Objects
 from wbfuse.store.volume.reaper import delete_packs, leftovers, remove_inodes, remove_rows
 from wbfuse.store.volume.schema import DOOMED, LIVE, counters, dumps, extents, packs
 
-_SLICE = 500
+_SLICE = 128
 
 Progress = Callable[[str, int], None]
 """Called with what is being done, and how many packs or objects are done."""
@@ -59,15 +59,20 @@ def doom(c: Connection, limit: int) -> list[int]:
 
 
 def collect(
-    database: Database, objects: Objects, progress: Progress = lambda _what, _done: None, scan: bool = False
-) -> Collected:
-    """One whole collection. With `scan` the bucket is listed as well, for objects without a row. Raises OSError."""
+    database: Database, objects: Objects, progress: Progress = lambda _what, _done: None, scan: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> Collected:  # fmt: skip
+    """One whole collection. With `scan` the bucket is listed as well, for objects without a row. Raises OSError.
+
+    It ends between slices where `stop` says so.
+    """
+    objects.check_owner()
     out = Collected()
-    while True:
+    while not stop():
         inos, layers, lost = database.query(lambda c: leftovers(c, _SLICE))
         for i in range(0, len(inos), _SLICE):
             layers += database.transact(lambda c, some=inos[i : i + _SLICE]: remove_inodes(c, some))  # type: ignore[misc]
-        while layers:
+        while layers and not stop():
             gone, more = database.transact(lambda c, layer=layers[-1]: remove_rows(c, layer))  # type: ignore[misc]
             if gone:
                 layers.pop()
@@ -77,7 +82,7 @@ def collect(
         if not inos and not layers and not lost:
             break
     database.transact(mark_dead)
-    while doomed := database.transact(lambda c: doom(c, _SLICE)):
+    while not stop() and (doomed := database.transact(lambda c: doom(c, _SLICE))):
         out.packs += delete_packs(database, objects, doomed)
         progress("dead packs", out.packs)
     waiting = select(func.count()).select_from(packs).where(packs.c.state == LIVE, packs.c.dead_at.is_not(None))
@@ -106,8 +111,8 @@ def _scan(database: Database, objects: Objects, out: Collected, progress: Progre
         batch.clear()
 
     for seen, (key, _) in enumerate(objects.list("packs"), 1):
-        number = int(key.rpartition("/")[2], 16)
-        if pack_key(number) == key:
+        number = pack_of(key)
+        if number is not None:
             batch[number] = key
         if len(batch) >= _SLICE:
             settle()

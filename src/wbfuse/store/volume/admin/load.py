@@ -11,7 +11,7 @@ from wbfuse.store.volume.admin.dump import load_dump, newest_dump
 from wbfuse.store.volume.database import Database, DatabaseError
 from wbfuse.store.volume.objects import Objects, ObjectsError, explain
 from wbfuse.store.volume.schema import settings
-from wbfuse.store.volume.store import MARK, VolumeError
+from wbfuse.store.volume.store import VolumeError
 
 
 def load_volume(
@@ -27,14 +27,12 @@ def load_volume(
             raise VolumeError(f"{database.url.render_as_string()}: there is a volume already; use an empty database")
         try:
             objects = Objects(data, options)
-            objects.get_all(MARK)
             where = file or newest_dump(objects)
             if file is None:
-                fresh = load_dump(database, io.BytesIO(objects.get_all(where)), objects, data, progress)
+                load_dump(database, io.BytesIO(objects.get_all(where)), objects, data, progress)
             else:
                 with open(file, "rb") as source:
-                    fresh = load_dump(database, source, objects, data, progress)
-            objects.put(MARK, [fresh.encode()], replace=True)
+                    load_dump(database, source, objects, data, progress)
         except ObjectsError as e:
             raise VolumeError(str(e)) from e
         except FileNotFoundError as e:
