@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,6 +22,8 @@ from wbfuse.store.contract import SourceError
 
 if TYPE_CHECKING:
     from wbfuse.store.volume.admin.opened import Opened
+
+_SESSION_SECONDS = 20.0
 
 Words = dict[str, Any]
 """What `store_options` collects, as a command gets it."""
@@ -73,6 +76,26 @@ def format_command(meta: str, data: str, pack_size: int, compress: str, **words:
     click.echo(f"mount it with: wbfuse mount {meta} MOUNTPOINT")
 
 
+@contextlib.contextmanager
+def _alone(meta: str, volume: Opened, wanted: bool) -> Iterator[None]:
+    """Where that is wanted, nobody else has the volume mounted while the block runs. Raises UsageError."""
+    from wbfuse.store.volume.sessions import Session, VolumeBusyError
+
+    if not wanted:
+        yield
+        return
+    try:
+        session = Session(
+            volume.database, False, _SESSION_SECONDS, lambda text: click.echo(f"wbfuse: {text}", err=True)
+        )
+    except VolumeBusyError as e:
+        raise click.UsageError(f"{meta}: {e}") from e
+    try:
+        yield
+    finally:
+        session.close()
+
+
 @click.command()
 @click.argument("meta")
 @click.option("--data", is_flag=True, help="Read every byte and verify its checksum.")
@@ -81,13 +104,12 @@ def format_command(meta: str, data: str, pack_size: int, compress: str, **words:
 def check(meta: str, data: bool, repair: bool, **words: Any) -> None:
     """Look whether the volume META is whole: every row has its pack, counts are true, names are connected.
 
-    A line for each problem; exit 1 where one is left. Best on a volume that is not mounted: of one that is, what
-    changes meanwhile may look wrong.
+    A line for each problem; exit 1 where one is left. The volume may be mounted, but not for --repair.
     """
     from wbfuse.store.volume.admin.check import check as problems
 
     left = mended = 0
-    with _volume(meta, words) as volume, bar("checking") as show:
+    with _volume(meta, words) as volume, _alone(meta, volume, repair), bar("checking") as show:
         for round_ in range(3):  # a repair may bring up what it hid
             found = list(problems(volume.database, volume.objects, volume.settings["compress"], data, show))
             left = 0
