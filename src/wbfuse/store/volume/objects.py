@@ -31,7 +31,7 @@ _MEMORY: dict[str, MemoryStore] = {}
 
 
 MARK = "wbfuse-volume"
-"""The object that says which volume a prefix belongs to."""
+"""The object that says which volume a prefix belongs to: its uuid, and below it those that it had before (see load)."""
 
 
 class ObjectsError(Exception):
@@ -162,9 +162,13 @@ class Objects:
     def check_owner(self) -> None:
         """See that the volume has not been loaded into another database meanwhile, before anything is removed."""
         if self.owner:
-            mark = self.get_all(MARK).decode(errors="replace")
+            mark = self.owners()[0]
             if mark != self.owner:
                 raise OSError(errno.EPERM, f"holds another volume ({mark}, not {self.owner})")
+
+    def owners(self) -> list[str]:
+        """The uuid in the mark, and those before it. ENOENT."""
+        return self.get_all(MARK).decode(errors="replace").splitlines() or [""]
 
     def put(self, key: str, buffers: Sequence[memoryview | bytes], replace: bool = False) -> None:
         """Make the object; durable when this returns. EEXIST where it is there, unless it may be replaced."""

@@ -126,7 +126,7 @@ def format_volume(
             try:
                 objects.put(MARK, [values["uuid"].encode()])
             except FileExistsError:
-                mark = objects.get_all(MARK).decode(errors="replace")
+                mark = objects.owners()[0]
                 raise VolumeError(f"{data}: holds a volume already ({mark}); use another prefix") from None
         except ObjectsError as e:
             raise VolumeError(str(e)) from e

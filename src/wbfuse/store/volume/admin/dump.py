@@ -127,7 +127,10 @@ def _row(value: list[Any]) -> tuple[Table, dict[str, Any]]:
     table = _BY_NAME[value[0]]
     out = {}
     for column, item in zip(table.c, value[1:], strict=True):
-        out[column.name] = base64.b64decode(item) if isinstance(column.type, LargeBinary) and item is not None else item
+        binary = isinstance(column.type, LargeBinary) and item is not None
+        out[column.name] = base64.b64decode(item) if binary else item
+        if not isinstance(out[column.name], column.type.python_type) and not (item is None and column.nullable):
+            raise DumpError(f"a row of {table.name} has {item!r} as {column.name}")
     return table, out
 
 
@@ -171,9 +174,14 @@ def dump_to_bucket(database: Database, objects: Objects, progress: Progress = la
     return key
 
 
+def _dumps_in(objects: Objects) -> list[tuple[str, int]]:
+    """(key, size) of the dumps in a bucket."""
+    return [(key, size) for key, size in objects.list(FOLDER) if key.rpartition("/")[2].isdigit()]
+
+
 def newest_dump(objects: Objects) -> str:
     """The key of the newest dump in a bucket. Raises DumpError where there is none."""
-    keys = sorted(key for key, _ in objects.list(FOLDER))
+    keys = sorted(key for key, _ in _dumps_in(objects))
     if not keys:
         raise DumpError("there is no dump in this bucket")
     return keys[-1]
@@ -187,10 +195,11 @@ def load_dump(
     Raises DumpError; nothing is kept then.
     """
     fresh = str(uuid.uuid4())
-    mark = objects.get_all(MARK).decode(errors="replace")
-    sizes = {number: size for key, size in objects.list("packs") if (number := pack_of(key)) is not None}
-    used = max(sizes, default=0)
-    there = {int(key.rpartition("/")[2]): size for key, size in objects.list(FOLDER) if key[-1:].isdigit()}
+    owners = objects.owners()
+    used = max((pack_of(key) or 0 for key, _ in objects.list("packs")), default=0)
+    there = {
+        int(key.rpartition("/")[2]): size for key, size in objects.list(FOLDER) if key.rpartition("/")[2].isdigit()
+    }
     last_dump = max(there, default=0)
     if set(metadata.tables) & set(inspect(database.engine).get_table_names()):
         raise DumpError("the database is not empty: it has tables of the same names")
@@ -215,7 +224,7 @@ def load_dump(
             if batch:
                 c.execute(insert(table), batch)
         progress(total, total)
-        _see_that_it_fits(c, sizes, mark)
+        _see_that_it_fits(c, owners)
         for name, value in (("uuid", fresh), ("data", data)):
             c.execute(update(settings).where(settings.c.name == name).values(value=value))
         # Numbers that were used after the dump must never be used again: their objects may be there.
@@ -233,7 +242,7 @@ def load_dump(
 
     try:
         database.transact(fill, durable=True)
-        objects.put(MARK, [fresh.encode()], replace=True)
+        objects.put(MARK, ["\n".join([fresh, *owners]).encode()], replace=True)
     except BaseException as e:
         metadata.drop_all(database.engine)
         if isinstance(e, SQLAlchemyError | TypeError | OverflowError | KeyError | IndexError):
@@ -242,8 +251,8 @@ def load_dump(
     return fresh
 
 
-def _see_that_it_fits(c: Connection, sizes: dict[int, int], mark: str) -> None:
-    """The rows are those of a volume, and of the one whose packs are in this bucket. Raises DumpError."""
+def _see_that_it_fits(c: Connection, owners: list[str]) -> None:
+    """The rows are those of a volume, and of the one that this bucket has or had. Raises DumpError."""
     found = {r.name: r.value for r in c.execute(select(settings)).all()}
     if not {"uuid", "version", "data", "pack_size", "compress"} <= found.keys() or not found["pack_size"].isdigit():
         raise DumpError("the settings of the volume are not in it")
@@ -251,10 +260,5 @@ def _see_that_it_fits(c: Connection, sizes: dict[int, int], mark: str) -> None:
         raise DumpError("the root directory is not in it")
     if set(c.execute(select(counters.c.name)).scalars()) < {"id", "session", "sync", "dump"}:
         raise DumpError("the counters of the volume are not in it")
-    needed = c.execute(select(packs.c.pack, packs.c.size).where(packs.c.live > 0)).all()
-    wrong = [r.pack for r in needed if sizes.get(r.pack) != r.size]
-    # An older dump may have another uuid than the mark, because the volume was loaded since; its packs tell.
-    if found["uuid"] != mark and 2 * len(wrong) >= len(needed):
-        raise DumpError(
-            f"it is of another volume than this bucket: {len(wrong)} of its {len(needed)} packs are not there"
-        )
+    if found["uuid"] not in owners:
+        raise DumpError(f"it is of another volume ({found['uuid']}) than this bucket ({owners[0]})")
