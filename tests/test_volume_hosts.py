@@ -233,3 +233,18 @@ def test_a_mount_in_another_pid_namespace_is_not_taken_for_dead(hosts: list[Host
     (a.path / "f").write_bytes(b"still mine")
     a_again = (a.path / "f").read_bytes()
     assert a_again == b"still mine"
+
+
+def test_lines_that_two_hosts_append_in_turn_are_all_there(hosts: list[Host]) -> None:
+    """The kernel of each appends where it believes the end to be, which the other has moved."""
+    for host in hosts:
+        host.mount("--shared", "--lease-wait", "5s", "--attr-timeout", "30s")
+    wanted = b""
+    for n in range(12):
+        line = f"line {n} {'x' * (n * 500)}\n".encode()
+        fd = os.open(hosts[n % 2].path / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(fd, line)
+        os.close(fd)
+        wanted += line
+    for host in hosts:
+        assert (host.path / "log").read_bytes() == wanted

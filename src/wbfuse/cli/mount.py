@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 
 import click
@@ -211,7 +212,10 @@ def _serve_detached(spec: Spec, pipe: int) -> None:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
 
         def report(error: str | None) -> None:
-            os.write(pipe, error.encode() if error else b"ready")
+            try:
+                os.write(pipe, error.encode() if error else b"ready")
+            except BrokenPipeError:  # who asked for the mount has been interrupted, and does not want it
+                os.kill(os.getpid(), signal.SIGTERM)
             os.close(pipe)
 
         code = Keeper(spec.encode(), report).run()

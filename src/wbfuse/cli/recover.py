@@ -47,7 +47,10 @@ def recover(name: str | None, export: str | None, throw: bool) -> None:
     if export:
         if os.path.lexists(export):
             raise click.UsageError(f"{export}: is there already")
-        export_entry(kept, export)
+        try:
+            export_entry(kept, export)
+        except OSError as e:
+            raise click.ClickException(f"{export}: {e.strerror}") from e
         click.echo(f"exported to {export}")
     if throw:
         click.confirm(f"remove {name} for good?", abort=True)

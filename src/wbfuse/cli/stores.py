@@ -12,7 +12,11 @@ _OPTIONS = (
         "--endpoint", metavar="URL", help="S3 or Azure: the server, e.g. http://127.0.0.1:8333; kept in the volume."
     ),
     click.option("--access-key", metavar="ID", help="S3: the access key.  [default: AWS_ACCESS_KEY_ID]"),
-    click.option("--secret-key", metavar="KEY", help="S3: the secret key.  [default: AWS_SECRET_ACCESS_KEY]"),
+    click.option(
+        "--secret-key",
+        metavar="KEY",
+        help="S3: the secret key; anybody here can see it with ps, so better set AWS_SECRET_ACCESS_KEY.",
+    ),
     click.option("--profile", metavar="NAME", help="S3: a profile in ~/.aws.  [default: AWS_PROFILE]"),
     click.option(
         "--store-option",
@@ -35,6 +39,8 @@ def collect_options(
 ) -> dict[str, str]:
     """As obstore names them. Raises UsageError for what is not NAME=VALUE."""
     found = {"endpoint": endpoint, "access_key_id": access_key, "secret_access_key": secret_key, "profile": profile}
+    if endpoint and not endpoint.startswith(("http://", "https://")):
+        raise click.UsageError(f"--endpoint {endpoint}: write it as http://HOST:PORT or https://HOST")
     out = {name: value for name, value in found.items() if value}
     for item in more:
         name, equals, value = item.partition("=")

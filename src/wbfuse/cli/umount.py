@@ -106,6 +106,14 @@ def _busy_hint(path: str, text: str) -> str:
     return f"{path}: {text}"
 
 
+def _on_wbfuse(path: str) -> bool:
+    while True:
+        found = find_mount(path)
+        if found is not None or path == "/":
+            return found is not None and found.fstype.startswith("fuse.wbfuse")
+        path = os.path.dirname(path)
+
+
 @click.command()
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 def sync(paths: tuple[str, ...]) -> None:
@@ -122,6 +130,8 @@ def sync(paths: tuple[str, ...]) -> None:
                 syncfs(place)
                 follow(f"syncing {place}", ask(socket, "sync"))
                 continue
+            if not _on_wbfuse(place):
+                raise ControlError("not on a mount of wbfuse")
             fd = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(fd)

@@ -45,7 +45,8 @@ def _volume(meta: str, words: Words) -> Iterator[Opened]:
     except SourceError as e:
         raise click.UsageError(str(e)) from e
     except OSError as e:
-        raise click.ClickException(f"{meta}: {e.strerror or e}") from e
+        path = e.filename if isinstance(e.filename, str) and e.filename.startswith("/") else meta
+        raise click.ClickException(f"{path}: {e.strerror or e}") from e
 
 
 @click.command("format")
@@ -67,6 +68,8 @@ def format_command(meta: str, data: str, pack_size: int, compress: str, **words:
     """
     from wbfuse.store.volume import format_volume
 
+    if data.startswith("memory:"):
+        raise click.UsageError(f"{data}: lives in one process only, for tests; use file:///DIR")
     try:
         made = format_volume(meta, data, _options(words), pack_size, compress)
     except SourceError as e:
@@ -248,6 +251,8 @@ def snapshot(mountpoint: str, name: str | None) -> None:
     import datetime
 
     socket, top, _ = _on_mount(mountpoint)
+    if "://" not in next(ask(socket, "status"))["status"]["source"]:
+        raise click.UsageError(f"{top}: a mount of a directory; only volumes have snapshots")
     name = name or datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     if "/" in name or name in (".", ".."):
         raise click.UsageError(f"{name}: not a name")

@@ -111,6 +111,8 @@ class Mount:
         self.started = time.time()
         self._stop_lock = threading.Lock()
         self._impatient = threading.Event()
+        self._warned = False
+        self._written_at_stop = 0
         self.lost = 0
         """Bytes that were given up at the end."""
         self._aside: list[str] = []
@@ -239,7 +241,13 @@ class Mount:
         self._control.close()
 
     def hurry(self) -> None:
-        """Somebody asked a second time: do not wait for a store that does not answer."""
+        """Somebody asked again: do not wait for a store that does not answer. One that does is worth a third time."""
+        written = self._meter.bytes_written
+        if self.cache is not None and not self._warned and written != self._written_at_stop:
+            self._warned = True
+            left = int(self.cache.status()["dirty_bytes"])
+            log.warning("still writing, %d bytes are left; another signal gives them up", left)
+            return
         self._impatient.set()
         if self.cache is not None:
             self.cache.close()
@@ -257,6 +265,7 @@ class Mount:
             if self.session.ended.is_set():
                 return
             left = int(self.cache.status()["dirty_bytes"]) if self.cache is not None else 0
+            self._written_at_stop = self._meter.bytes_written
             log.info("%s: writing back (%d bytes here, more in the kernel perhaps), then unmounting", self.path, left)
             try:
                 for _ in self._barrier():
@@ -290,6 +299,8 @@ class Mount:
                 if progress:
                     yield progress[-1]
             failed = drained.result()
+        if failed and self.impatient:
+            raise OSError(errno.EINTR, f"{len(failed)} files were given up")
         if failed:
             ino, code = failed[0]
             raise OSError(code, f"{len(failed)} files could not be written, node {ino}: {os.strerror(code)}")
@@ -306,7 +317,7 @@ class Mount:
                 failed = self.cache.drain(lambda _left: None, self._impatient.is_set)
                 if not failed:
                     return
-                why = os.strerror(failed[0][1])
+                why = os.strerror(failed[0][1]) if failed[0][1] else "told to end"
             except OSError as e:
                 why = e.strerror or str(e)
             left = int(self.cache.status()["dirty_bytes"])
@@ -396,6 +407,9 @@ class Mount:
         for left in self._barrier():
             yield {"left": left}
         unmount(self.path, bool(request.get("lazy")))
+        if request.get("lazy"):  # it ends with its last open file, whenever that is
+            yield {"done": True}
+            return
         while not self.session.ended.wait(0.1):
             yield {"left": int(self.cache.status()["dirty_bytes"]) if self.cache is not None else 0}
         if self.lost:

@@ -27,9 +27,9 @@ KNOWN = (MountError, SourceError, LogError, ControlError)
 
 def run(channel: socket.socket) -> int:
     """Serve until unmounted or told to end. Answers the exit status."""
-    os.umask(0)
     said, kept = keeper.fds_of(channel)
     spec = Spec.decode(said["spec"])
+    os.umask(0o077 if spec.is_volume else 0)  # modes are the kernel's to cut; packs are nobody's business
     try:
         served = Mount(spec, kept, partial(keeper.keep, channel), said["deaths"])
     except KNOWN as e:

@@ -309,6 +309,8 @@ class CachedFileSystem(StoreFileSystem):
         if not from_kernel_cache and f.error in FULL and f.failures:
             # These bytes nobody has promised yet, so a full store may say so; a kernel-cache WRITE must be taken.
             raise OSError(f.error, os.strerror(f.error))
+        if flags & os.O_APPEND and not from_kernel_cache and self.store.capabilities.shared:
+            offset = self._end_of(f, offset, len(data))
         n = len(data)
         moves_time = None if from_kernel_cache else time.time_ns()
         occupied = self.cache.write(f, request.unique, offset, data, at_tail, moves_time)
@@ -320,6 +322,13 @@ class CachedFileSystem(StoreFileSystem):
             self.cache.pace(f.ino, n, partial(request.answer, n))
             return parked
         return n
+
+    def _end_of(self, f: File, offset: int, size: int) -> int:
+        """Where an append goes: the kernel took the end that it knew, and another host may have moved it since."""
+        end = f.core.size
+        if offset != end:
+            self.notify(replies.notify_inval_inode(f.ino, min(offset, end) & -4096, 0))
+        return end
 
     def read(self, request: Request, fh: int, offset: int, size: int, flags: int) -> Buffer | Sequence[Buffer] | Parked:
         f = self.cache.files.get(request.nodeid)

@@ -54,7 +54,7 @@ def parse(meta: str) -> URL:
     """META as a URL. Raises DatabaseError where it is none that is supported."""
     try:
         url = make_url(meta)
-    except ArgumentError as e:
+    except (ArgumentError, ValueError) as e:
         raise DatabaseError(f"{meta}: not a database URL; use sqlite:///PATH or postgresql://...") from e
     kind = url.get_backend_name()
     if kind == "sqlite":

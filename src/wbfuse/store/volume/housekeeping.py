@@ -13,17 +13,21 @@ from wbfuse.store.volume.admin.gc import collect
 from wbfuse.store.volume.database import Database
 from wbfuse.store.volume.objects import Objects
 from wbfuse.store.volume.schema import dumps, inodes
+from wbfuse.store.volume.sessions import Session
 
 log = logging.getLogger(__name__)
 
 GC_SECONDS = 60.0
+LOOK_SECONDS = 10.0
+"""How often it is made sure that the bucket is this volume's still."""
 
 
 class Housekeeper:
     """One thread. `dump_interval`: seconds between dumps where anything changed; 0 for none."""
 
-    def __init__(self, database: Database, objects: Objects, dump_interval: float) -> None:
+    def __init__(self, database: Database, objects: Objects, session: Session, dump_interval: float) -> None:
         self._database = database
+        self._session = session
         self._objects = objects
         self._dump_interval = dump_interval
         self._dumped: tuple[int, ...] | None = None
@@ -36,12 +40,26 @@ class Housekeeper:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._ended.wait(GC_SECONDS):
-            for act in (self._collect, self._dump):  # a dump that finds the store full must not keep it full
+        due = GC_SECONDS
+        while not self._ended.wait(LOOK_SECONDS):
+            due -= LOOK_SECONDS
+            acts = [self._look]
+            if due <= 0:
+                due = GC_SECONDS
+                acts += [self._collect, self._dump]  # a dump that finds the store full must not keep it full
+            for act in acts:
                 try:
                     act()
                 except Exception as e:  # noqa: BLE001 - it will be tried again
                     log.warning("housekeeping: %s", e)
+
+    def _look(self) -> None:
+        """Where the volume was loaded into another database, nothing more may be committed to this one."""
+        try:
+            self._objects.check_owner()
+        except PermissionError as e:
+            log.error("%s: fenced", e.strerror)
+            self._session.give_up()
 
     def _collect(self) -> None:
         collect(self._database, self._objects, stop=self._ended.is_set)

@@ -125,6 +125,8 @@ def open_backend(url: str, options: dict[str, str]) -> Any:
             return LocalStore(path)
         if parts.scheme == "memory":
             return _MEMORY.setdefault(url, MemoryStore())
+        if not parts.scheme and url.startswith("/"):
+            raise ObjectsError(f"{url}: write a directory as file://{url}")
         if not where:
             raise ObjectsError(f"{url}: no bucket in it; write {parts.scheme or 's3'}://BUCKET/PREFIX")
         if parts.scheme == "s3":
@@ -264,5 +266,7 @@ def explain(error: OSError) -> str:
         errno.ENOENT: "no such bucket",
         errno.ENOSPC: "the store is full",
     }
+    if "169.254.169.254" in str(error.strerror):
+        return "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use --profile"
     hint = hints.get(error.errno or 0, "the store does not answer as it should")
     return f"{hint}: {error.strerror}"

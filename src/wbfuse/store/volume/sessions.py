@@ -231,6 +231,11 @@ class Session:
                 self._blind()
                 log.warning("heartbeat: %s", e)
 
+    def give_up(self) -> None:
+        """Fence this session: nothing more can be committed here."""
+        self.fenced.set()
+        self._database.transact(lambda c: fence(c, self.number), durable=True)
+
     def close(self) -> None:
         """End the session, where it was not fenced before."""
         self._closed.set()

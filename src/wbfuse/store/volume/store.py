@@ -132,7 +132,6 @@ def format_volume(
             raise VolumeError(str(e)) from e
         except OSError as e:
             raise VolumeError(f"{data}: {explain(e)}") from e
-        metadata.create_all(database.engine)
         now = time.time_ns()
         root = {
             "ino": ROOT_INO, "version": 1, "mode": stat.S_IFDIR | 0o755, "uid": os.geteuid(), "gid": os.getegid(),
@@ -146,7 +145,13 @@ def format_volume(
             c.execute(insert(inodes).values(root))
             c.execute(insert(settings), [{"name": n, "value": v} for n, v in values.items()])
 
-        database.transact(fill, durable=True)
+        try:
+            metadata.create_all(database.engine)
+            database.transact(fill, durable=True)
+        except BaseException:  # also Ctrl-C: half a volume would be in the way of the next try
+            metadata.drop_all(database.engine)
+            objects.delete(MARK)
+            raise
         return values
     finally:
         database.close()
@@ -199,7 +204,7 @@ class VolumeStore(VolumeData, Store):
             self.reaper.put_packs,
         )  # fmt: skip
         self.compactor = Compactor(self, tuning.compact_rate)
-        self.housekeeper = Housekeeper(self.database, self.objects, tuning.dump_interval)
+        self.housekeeper = Housekeeper(self.database, self.objects, self.session, tuning.dump_interval)
         self._statfs: tuple[float, int] = (-1e9, 0)
         self.nodes.learn(self._row_of_root(), lookups=1)
         inos, layers, numbers = self.database.query(lambda c: leftovers(c, 100_000))
