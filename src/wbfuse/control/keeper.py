@@ -31,9 +31,10 @@ log = logging.getLogger(__name__)
 LOST = 1
 """Exit status of a worker that was told to end and gave up bytes."""
 FAILED = 2
-RESTART = 75
-"""Exit status of a worker that asks for a new one."""
+RESTART, NOT_YET = 75, 76
+"""Exit status of a worker that asks for a new one: at once; in a while, because the store is not there."""
 GIVEN_UP = 70
+_LOOK_AGAIN = 1.0
 WITHIN = 60.0
 """Seconds in which deaths are counted."""
 WORKER: tuple[str, ...] = ("-m", "wbfuse.control.worker")
@@ -67,8 +68,8 @@ class Keeper:
             status = self._one_life(len(deaths))
             if status in (0, LOST) or not self._served:
                 return status
-            if status == RESTART:
-                deaths.clear()
+            if status in (RESTART, NOT_YET):
+                time.sleep(_LOOK_AGAIN if status == NOT_YET else 0)
                 continue
             now = time.monotonic()
             deaths.append(now)

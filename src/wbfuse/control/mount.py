@@ -25,7 +25,7 @@ from wbfuse.filesystem.store_fs import StoreFileSystem
 from wbfuse.journal import Journal, Kind
 from wbfuse.session.mount import MountError, find_mount, is_busy, max_pages_limit, tune_bdi, unmount
 from wbfuse.session.serve import Options, attach, detach, resume
-from wbfuse.store.contract import ROOT_INO, Piece, SourceError, Store
+from wbfuse.store.contract import ROOT_INO, Piece, Store
 from wbfuse.store.directory import DirectoryStore
 from wbfuse.store.shaped import Shape, shaped
 from wbfuse.wire.negotiate import PAGE, Agreement
@@ -38,7 +38,6 @@ log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 _READ_AHEAD_KB = 4096
-_LOOK_AGAIN = 1.0
 _KERNELS_GUESS = 100e6
 _LEAST_SHARE, _FIRST_SHARE = 2 * MIB, 4 * MIB
 """What the kernel may hold of a slow store, and of one that has not been measured."""
@@ -94,7 +93,7 @@ def open_store(spec: Spec, journal: Journal) -> Store:
     if spec.is_volume:
         from wbfuse.store.volume import Tuning, VolumeStore  # SQL and object stores take their time to import
 
-        return VolumeStore(spec.source, Tuning(**spec.tuning), log.warning)
+        return VolumeStore(spec.source, Tuning(**spec.tuning), log.warning, journal, os.getppid())
     return DirectoryStore(spec.source, spec.read_only, journal)
 
 
@@ -120,7 +119,7 @@ class Mount:
         self._kept = kept
         self.journal = Journal(kept.get("journal"))
         agreed = self.journal.inherited(Kind.AGREEMENT).get(0)
-        self._store: Any = self._open_store()
+        self._store: Any = open_store(spec, self.journal)
         store, self._meter = shaped(self._store, spec.shape)
         self.cache: WritebackCache | None = None
         self.engine: Engine | None = None
@@ -164,17 +163,6 @@ class Mount:
     @property
     def _debug(self) -> Callable[[str], None] | None:
         return logging.getLogger("wbfuse.wire").info if self.spec.debug_wire else None
-
-    def _open_store(self) -> Store:
-        """The store; one that was there for the server before this one is waited for."""
-        while True:
-            try:
-                return open_store(self.spec, self.journal)
-            except SourceError as e:
-                if not self._kept:
-                    raise
-                log.warning("%s; trying again", e)
-            self._impatient.wait(_LOOK_AGAIN)
 
     def _build(self, store: Store) -> StoreFileSystem:
         spec = self.spec

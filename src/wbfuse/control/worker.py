@@ -21,6 +21,8 @@ from wbfuse.session.mount import MountError
 from wbfuse.store.contract import SourceError
 from wbfuse.writeback.log import LogError
 
+log = logging.getLogger(__name__)
+
 KNOWN = (MountError, SourceError, LogError, ControlError)
 """What may stand in the way of a mount: one line for the person who asked."""
 
@@ -33,6 +35,9 @@ def run(channel: socket.socket) -> int:
     try:
         served = Mount(spec, kept, partial(keeper.keep, channel), said["deaths"])
     except KNOWN as e:
+        if kept:  # it worked once: whatever is missing will be there again
+            log.warning("%s; trying again", e)
+            return keeper.NOT_YET
         channel.send(json.dumps({"failed": str(e)}).encode())
         return keeper.FAILED
     told = threading.Event()

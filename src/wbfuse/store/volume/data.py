@@ -62,6 +62,7 @@ class VolumeData(VolumeReads):
     # open files
 
     def hold(self, ino: int) -> None:
+        self._meet(ino)
         self.nodes.hold(ino)
 
     def drop(self, ino: int) -> None:
@@ -243,6 +244,7 @@ class VolumeData(VolumeReads):
     # durability
 
     def sync(self, ino: int, datasync: bool = False) -> None:
+        self._meet(ino)
         self.nodes.known(ino)
         self.sync_names()  # bytes are durable once they are committed
 
@@ -253,6 +255,7 @@ class VolumeData(VolumeReads):
 
     def copy_range(self, source: int, offset: int, target: int, target_offset: int, length: int) -> int:
         """Rows are copied, never bytes; a whole file, or what continues one, becomes a layer (`_share`)."""
+        self._meet(source)
         self.nodes.known(source)
         with self.writing(target):
             return self._copy_range(source, offset, target, target_offset, length)

@@ -177,6 +177,11 @@ class VolumeNames:
         row = self.nodes.fresh(ino)
         return self._ask(ino) if row is None else row
 
+    def _meet(self, ino: int) -> None:
+        """See that a node is known, which the kernel may know from a server that died. ESTALE."""
+        if self.nodes.missing(ino):
+            self._ask(ino)
+
     def _ask(self, ino: int) -> Any:
         """The inode's row from the database. ESTALE."""
         row = self.database.query(lambda c: c.execute(_INODE, {"i": ino}).first())
@@ -305,6 +310,7 @@ class VolumeNames:
 
     def link(self, ino: int, parent: int, name: bytes) -> Found:
         check_name(name)
+        self._meet(ino)
         self.nodes.known(ino)
         cookie, now = self.session.ids(), time.time_ns()
 
@@ -488,6 +494,7 @@ class VolumeNames:
     # attributes
 
     def setattr(self, ino: int, change: Change) -> Attr:
+        self._meet(ino)
         self.nodes.known(ino)
         values: dict[str, Any] = {"version": inodes.c.version + 1, "ctime_ns": time.time_ns()}
         given = {"uid": change.uid, "gid": change.gid, "atime_ns": change.atime_ns, "mtime_ns": change.mtime_ns}

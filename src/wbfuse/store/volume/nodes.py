@@ -48,10 +48,14 @@ def attr_of(row: Any) -> Attr:
 
 
 class Nodes:
-    """`timeout`: seconds for which attributes and names hold without asking; None where nobody else changes them."""
+    """`timeout`: seconds for which attributes and names hold without asking; None where nobody else changes them.
 
-    def __init__(self, timeout: float | None) -> None:
+    `inherited`: the kernel may know nodes from a server that died, of which nothing is known here yet.
+    """
+
+    def __init__(self, timeout: float | None, inherited: bool = False) -> None:
         self.timeout = timeout
+        self._inherited = inherited
         self.lock = threading.Lock()
         self._nodes: dict[int, Node] = {}
         self._spare: OrderedDict[int, None] = OrderedDict()
@@ -92,7 +96,8 @@ class Nodes:
     def known(self, ino: int) -> Node:
         """A node that somebody refers to. ESTALE where nobody does, or where it is gone."""
         node = self._nodes.get(ino)
-        if node is None or (not node.lookups and not node.holds and ino != ROOT_INO):
+        unreferenced = node is not None and not node.lookups and not node.holds and ino != ROOT_INO
+        if node is None or (unreferenced and not self._inherited):
             raise OSError(errno.ESTALE, f"node {ino} is not known")
         if node.gone:
             raise OSError(errno.ESTALE, f"node {ino} was removed")
@@ -101,8 +106,14 @@ class Nodes:
     def fresh(self, ino: int) -> Any | None:
         """The row of a known node, None where it should be asked for again."""
         with self.lock:
+            if self._inherited and ino not in self._nodes:
+                return None
             node = self.known(ino)
             return node.row if self._fresh(node.seen_at) else None
+
+    def missing(self, ino: int) -> bool:
+        """Whether nothing is known of a node that the kernel may know."""
+        return self._inherited and ino not in self._nodes
 
     def version(self, ino: int) -> int:
         """The version of the newest row seen, 0 for none."""

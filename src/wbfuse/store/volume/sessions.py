@@ -35,9 +35,13 @@ class VolumeBusyError(Exception):
     """Somebody else has the volume; one line for the person who asked."""
 
 
-def this_process() -> str:
-    """Names this process among all that ever ran on any machine: boot id, PID namespace, pid, start time."""
-    return f"{_here()}:{os.getpid()}:{_started(os.getpid())}"
+def this_process(guardian: int = 0) -> str:
+    """Names this process among all that ever ran on any machine: boot id, PID namespace, pid, start time.
+
+    With `guardian`, a pid: that one as well, which starts another in the place of this one when it dies.
+    """
+    own = f"{_here()}:{os.getpid()}:{_started(os.getpid())}"
+    return f"{own} {_here()}:{guardian}:{_started(guardian)}" if guardian else own
 
 
 def _here() -> str:
@@ -61,9 +65,11 @@ def is_here(process: str) -> bool:
 
 
 def is_dead(process: str) -> bool:
-    """Whether that process is known to be gone: it was one of those that can be seen from here, and is not now."""
-    if not is_here(process):
-        return False
+    """Whether that process, and its guardian, are known to be gone: they could be seen from here, and cannot now."""
+    return is_here(process) and all(_is_over(one) for one in process.split(" "))
+
+
+def _is_over(process: str) -> bool:
     _, _, pid, started = process.split(":")
     try:
         return _started(int(pid)) != started
@@ -88,15 +94,18 @@ class Session:
     """A session of `database`, taken by the constructor: alone, or with others where all are `shared`.
 
     Raises VolumeBusyError where somebody alive has it. `timeout`: seconds without a beat after which others may take
-    this one for dead.
+    this one for dead. `guardian`: pid of who goes on with it when this process dies. `number`: of the session of a
+    process that died, to go on with; where it was fenced meanwhile, so is this one.
     Lock: `_lock` guards the numbers in stock; a transaction may run under it.
     """
 
     def __init__(
-        self, database: Database, shared: bool, timeout: float, waiting: Callable[[str], None] = lambda _text: None
-    ) -> None:
+        self, database: Database, shared: bool, timeout: float, waiting: Callable[[str], None] = lambda _text: None,
+        guardian: int = 0, number: int | None = None,
+    ) -> None:  # fmt: skip
         self._database = database
         self.shared = shared
+        self._process = this_process(guardian)
         self.timeout = timeout
         self.fenced = threading.Event()
         self._lock = threading.Lock()
@@ -104,11 +113,19 @@ class Session:
         self._seen: dict[int, tuple[int, float]] = {}
         """The beat of other sessions, and since when it stands there."""
         self._closed = threading.Event()
-        self.number = self._take(waiting)
+        self.number = self._take(waiting) if number is None else self._go_on(number)
         self._thread = threading.Thread(target=self._beat_loop, name="heartbeat", daemon=True)
         self._thread.start()
 
     # taking
+
+    def _go_on(self, number: int) -> int:
+        ours = update(sessions).where(sessions.c.session == number)
+        ours = ours.values(process=self._process, beat=sessions.c.beat + 1)
+        if self._database.transact(lambda c: c.execute(ours).rowcount, durable=True) == 0:
+            log.error("session %d was fenced while nobody served it", number)
+            self.fenced.set()
+        return number
 
     def _take(self, waiting: Callable[[str], None]) -> int:
         while True:
@@ -122,7 +139,7 @@ class Session:
                 alive = self._watch(holder, waiting)
             if alive:
                 raise VolumeBusyError(
-                    f"in use by {holder.host} (process {holder.process.split(':')[2]}"
+                    f"in use by {holder.host} (process {holder.process.split(' ')[-1].split(':')[2]}"
                     f"{', shared' if holder.shared else ''}); "
                     + ("unmount it there, or mount both with --shared" if not self.shared else "it is not --shared")
                 )
@@ -141,7 +158,7 @@ class Session:
                 beat=0,
                 shared=self.shared,
                 host=socket.gethostname(),
-                process=this_process(),
+                process=self._process,
                 timeout_ms=int(self.timeout * 1000),
             )
         )  # fmt: skip

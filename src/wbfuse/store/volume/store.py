@@ -16,6 +16,7 @@ from typing import Any
 
 from sqlalchemy import func, insert, inspect, select
 
+from wbfuse.journal import Journal, Kind
 from wbfuse.store.contract import ROOT_INO, Capabilities, SourceError, Store
 from wbfuse.store.volume.compact import Compactor
 from wbfuse.store.volume.data import VolumeData
@@ -158,12 +159,19 @@ def format_volume(
 
 
 class VolumeStore(VolumeData, Store):
-    """Serve the volume whose database is `meta`. Raises VolumeError."""
+    """Serve the volume whose database is `meta`. Raises VolumeError.
+
+    `journal` keeps what a server that comes after this one must know. `guardian`: the pid of who starts that one.
+    """
 
     def __init__(
-        self, meta: str, tuning: Tuning | None = None, waiting: Callable[[str], None] = lambda _text: None
-    ) -> None:
+        self, meta: str, tuning: Tuning | None = None, waiting: Callable[[str], None] = lambda _text: None,
+        journal: Journal | None = None, guardian: int = 0,
+    ) -> None:  # fmt: skip
         tuning = tuning or Tuning()
+        journal = journal or Journal()
+        before = journal.inherited(Kind.SESSION).get(0)
+        number = None if before is None else int.from_bytes(before, "little")
         try:
             self.database = Database(meta)
         except DatabaseError as e:
@@ -171,7 +179,10 @@ class VolumeStore(VolumeData, Store):
         try:
             self.settings = read_settings(self.database)
             self.objects = open_objects(self.settings, tuning.options)
-            self.session = Session(self.database, tuning.shared, tuning.session_timeout, waiting)
+            self.session = Session(
+                self.database, tuning.shared, tuning.session_timeout, waiting, guardian=guardian, number=number
+            )
+            journal.put(Kind.SESSION, 0, self.session.number.to_bytes(8, "little"))
         except VolumeBusyError as e:
             self.database.close()
             raise VolumeError(f"{meta}: {e}") from e
@@ -189,7 +200,7 @@ class VolumeStore(VolumeData, Store):
                 self.database.close()
                 raise VolumeError(f"{tuning.cache_dir}: cannot be used as --cache: {e.strerror}") from e
         self.frames = FrameCache(self.objects, self.settings["compress"], tuning.memory, disk)
-        self.nodes = Nodes(tuning.attr_timeout if tuning.shared else None)
+        self.nodes = Nodes(tuning.attr_timeout if tuning.shared else None, inherited=number is not None)
         self._attr_timeout = tuning.attr_timeout
         self.leases = None
         if tuning.shared:
