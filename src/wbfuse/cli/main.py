@@ -10,7 +10,7 @@ from wbfuse import __version__
 from wbfuse.cli.mount import mount
 from wbfuse.cli.recover import recover
 from wbfuse.cli.status import status
-from wbfuse.cli.umount import sync, umount
+from wbfuse.cli.umount import restart, sync, umount
 from wbfuse.cli.volume import check, clone, dump, format_command, gc, load, snapshot
 
 
@@ -26,7 +26,7 @@ def cli() -> None:
     """
 
 
-for _command in (mount, umount, sync, status, format_command, clone, snapshot, check, gc, dump, load, recover):
+for _command in (mount, umount, sync, status, restart, format_command, clone, snapshot, check, gc, dump, load, recover):
     cli.add_command(_command)
 
 

@@ -108,6 +108,13 @@ def default_log_size() -> int:
 @click.option(
     "--dump-interval", type=TIME, default="1h", show_default=True, help="Volumes: how often a dump goes to the bucket."
 )
+@click.option(
+    "--max-deaths",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    help="Give up when the serving process has died so often within a minute.",
+)
 @click.option("--foreground", "-f", is_flag=True, help="Stay in the foreground; Ctrl-C unmounts.")
 @click.option("--debug-wire", is_flag=True, help="Log one line for each request and reply of the kernel.")
 def mount(
@@ -117,7 +124,7 @@ def mount(
     store_option: tuple[str, ...], cache_dir: str | None, cache_size: int, shared: bool, lease_wait: float,
     attr_timeout: float, session_timeout: float,
     compact_rate: float,
-    dump_interval: float, foreground: bool, debug_wire: bool,
+    dump_interval: float, max_deaths: int, foreground: bool, debug_wire: bool,
 ) -> None:  # fmt: skip
     """Mount SOURCE on the directory MOUNTPOINT with a write-back cache between them.
 
@@ -155,6 +162,7 @@ def mount(
             read_only=read_only or "ro" in words,
             options=[w for w in words if w not in ("ro", "default_permissions")],
             debug_wire=debug_wire,
+            max_deaths=max_deaths,
         )
         if volume:
             spec.tuning = {
@@ -168,7 +176,9 @@ def mount(
     if foreground:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
         code = Keeper(
-            spec.encode(), lambda error: click.echo(f"wbfuse: {error}" if error else f"{path}: mounted", err=True)
+            spec.encode(),
+            lambda error: click.echo(f"wbfuse: {error}" if error else f"{path}: mounted", err=True),
+            max_deaths,
         ).run()
     else:
         code = start(spec)
@@ -218,7 +228,7 @@ def _serve_detached(spec: Spec, pipe: int) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             os.close(pipe)
 
-        code = Keeper(spec.encode(), report).run()
+        code = Keeper(spec.encode(), report, spec.max_deaths).run()
         if code == 0:
             os.unlink(log_path(spec.mountpoint))  # it ended well: nobody will ask
     except BaseException:

@@ -115,6 +115,26 @@ def _on_wbfuse(path: str) -> bool:
 
 
 @click.command()
+@click.argument("mountpoint")
+def restart(mountpoint: str) -> None:
+    """Have MOUNTPOINT served by a new process, of the version that is installed now.
+
+    The mount stays, open files stay open, and nothing that was written is lost; applications notice a short pause.
+    """
+    path = place_of(mountpoint)
+    socket = find_socket(path)
+    if socket is None:
+        raise click.UsageError(f"{path}: no wbfuse mount is served here")
+    try:
+        for _ in _until_gone(ask(socket, "restart")):
+            pass
+        pid = next(ask(socket, "status"))["status"]["worker"]["pid"]  # waits for the next one
+    except ControlError as e:
+        raise click.ClickException(f"{path}: {e}") from e
+    click.echo(f"{path}: served by process {pid} now")
+
+
+@click.command()
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 def sync(paths: tuple[str, ...]) -> None:
     """Make each PATH durable in the store: a file or directory as fsync(2) does, a mount point the whole mount.

@@ -26,6 +26,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from wbfuse.session.mount import MountError, unmount
+from wbfuse.writeback import quarantine
+
 log = logging.getLogger(__name__)
 
 LOST = 1
@@ -74,7 +77,7 @@ class Keeper:
             now = time.monotonic()
             deaths.append(now)
             if len(deaths) == self._most_deaths and now - deaths[0] < WITHIN:
-                log.error("the worker died %d times within a minute; giving up", len(deaths))
+                self._give_up(len(deaths))
                 return GIVEN_UP
             while deaths and now - deaths[0] > WITHIN:
                 deaths.popleft()
@@ -103,6 +106,22 @@ class Keeper:
         if not self._served:
             self._report(said or f"the server died at its start ({_why(status)})")
         return status
+
+    def _give_up(self, deaths: int) -> None:
+        """End the mount; what the log has is set aside first."""
+        source, mountpoint = self._spec["name"], self._spec["mountpoint"]
+        log.error("%s: the worker died %d times within a minute; giving up", mountpoint, deaths)
+        try:
+            images: dict[str, int] = {name: fd for name, fd in self._kept.items() if name in ("log", "journal")}
+            if "log" in images:
+                name = quarantine.keep_log(quarantine.default_directory(), source, images)
+                log.error("what was not written is kept; see: wbfuse recover %s", name)
+        except OSError:
+            log.exception("what was not written could not be set aside, and is lost")
+        try:
+            unmount(mountpoint, lazy=True)
+        except MountError as e:
+            log.warning("%s", e)
 
     def _listen(self, channel: socket.socket) -> str:
         """Take what the worker gives until it ends. Answers why it failed, if it said so."""

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from wbfuse.control import paths
+from wbfuse.control.keeper import RESTART
 from wbfuse.control.server import ControlServer, Message
 from wbfuse.filesystem.cached_fs import CachedFileSystem
 from wbfuse.filesystem.store_fs import StoreFileSystem
@@ -37,6 +38,8 @@ from wbfuse.writeback.limits import MAX_PAUSE
 log = logging.getLogger(__name__)
 
 MIB = 1 << 20
+_QUIET_SECONDS = 5.0
+"""How long a restart waits for what is being served; what is not answered then is sent again."""
 _READ_AHEAD_KB = 4096
 _KERNELS_GUESS = 100e6
 _LEAST_SHARE, _FIRST_SHARE = 2 * MIB, 4 * MIB
@@ -57,6 +60,7 @@ class Spec:
     shape: Shape = field(default_factory=Shape)
     read_only: bool = False
     options: list[str] = field(default_factory=list)
+    max_deaths: int = 10
     debug_wire: bool = False
     """Log each request and reply."""
     tuning: dict[str, Any] = field(default_factory=dict)
@@ -64,11 +68,12 @@ class Spec:
 
     def encode(self) -> dict[str, Any]:
         """As a value that JSON knows, for `decode`."""
-        return asdict(self)
+        return asdict(self) | {"name": self.name}
 
     @classmethod
     def decode(cls, value: dict[str, Any]) -> Spec:
-        return cls(**value | {"shape": Shape(**value["shape"])})
+        fields = {name: item for name, item in value.items() if name != "name"}
+        return cls(**fields | {"shape": Shape(**value["shape"])})
 
     @property
     def is_volume(self) -> bool:
@@ -146,6 +151,7 @@ class Mount:
                     "sync": self._do_sync,
                     "umount": self._do_umount,
                     "clone": self._do_clone,
+                    "restart": self._do_restart,
                 },
                 kept.get("control"),
             )
@@ -389,6 +395,14 @@ class Mount:
             store.forget(source)
             store.forget(home)
         yield {"done": True}
+
+    def _do_restart(self, _request: Message) -> Iterator[Message]:
+        """End this process between two requests; the keeper starts the next. Meanwhile requests wait in the kernel."""
+        yield {"pid": os.getpid()}
+        self.session.quiet(_QUIET_SECONDS)
+        log.info("asked for a new worker")
+        logging.shutdown()
+        os._exit(RESTART)
 
     def _do_umount(self, request: Message) -> Iterator[Message]:
         yield {"pid": os.getppid()}

@@ -140,6 +140,13 @@ class Session:
     def wait(self) -> None:
         self.ended.wait()
 
+    def quiet(self, seconds: float) -> bool:
+        """Wait at most so long for a moment in which every request that was read is answered. Whether it came."""
+        until = time.monotonic() + seconds
+        while self._held and time.monotonic() < until:
+            time.sleep(0.01)  # nobody counts, so nobody can tell
+        return not self._held
+
     def requests(self) -> dict[str, int]:
         """Requests received so far, by opcode name."""
         totals = [sum(column) for column in zip(*self._counts, strict=True)]

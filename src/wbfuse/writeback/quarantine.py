@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,14 +47,30 @@ class Kept:
         return os.path.join(self.path, _DATA)
 
 
+def keep_log(directory: str, source: str, images: dict[str, int]) -> str:
+    """Keep the memory files of a mount that nobody can serve, by name. Answers the entry's name. Raises OSError."""
+
+    def fill(making: str) -> dict[str, Any]:
+        for name, fd in images.items():
+            with open(os.path.join(making, name), "xb") as out:
+                size = os.fstat(fd).st_size
+                out.truncate(size)
+                for at in range(0, size, _COPY):
+                    part = os.pread(fd, min(_COPY, size - at), at)
+                    if part.strip(b"\0"):
+                        os.pwrite(out.fileno(), part, at)
+                os.fsync(out.fileno())
+        return {"source": source, "kind": "log", "ino": 0, "path": "the log of a mount that could not be served",
+                "size": 0, "ranges": []}  # fmt: skip
+
+    return _make(directory, "log", fill)
+
+
 def keep(directory: str, source: str, ino: int, path: str, size: int, rounds: Iterable[list[Piece]]) -> str:
     """Keep the pieces of `rounds`, oldest first. Answers the entry's name. Raises OSError."""
-    os.makedirs(directory, mode=0o700, exist_ok=True)
-    name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{ino}-{secrets.token_hex(3)}"
-    making = os.path.join(directory, f".{name}")
-    os.mkdir(making, 0o700)
     ranges: list[tuple[int, int]] = []
-    try:
+
+    def fill(making: str) -> dict[str, Any]:
         fd = os.open(os.path.join(making, _DATA), os.O_WRONLY | os.O_CREAT, 0o600)
         try:
             os.ftruncate(fd, size)
@@ -65,10 +81,19 @@ def keep(directory: str, source: str, ino: int, path: str, size: int, rounds: It
             os.fsync(fd)
         finally:
             os.close(fd)
-        manifest = {
-            "source": source, "ino": ino, "path": path, "size": size, "ranges": _merged(ranges),
-            "kept_at": time.time(),
-        }  # fmt: skip
+        return {"source": source, "ino": ino, "path": path, "size": size, "ranges": _merged(ranges)}
+
+    return _make(directory, str(ino), fill)
+
+
+def _make(directory: str, what: str, fill: Callable[[str], dict[str, Any]]) -> str:
+    """An entry that is there whole or not at all: `fill` puts its files into a directory and answers the manifest."""
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{what}-{secrets.token_hex(3)}"
+    making = os.path.join(directory, f".{name}")
+    os.mkdir(making, 0o700)
+    try:
+        manifest = fill(making) | {"kept_at": time.time()}
         with open(os.path.join(making, _MANIFEST), "w", encoding="utf-8") as out:
             json.dump(manifest, out)
             out.flush()

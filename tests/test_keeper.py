@@ -1,0 +1,210 @@
+"""Workers that die: applications notice a pause and no error, everything happens once, nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Mounted, Mounter, mounted_here, needs_mount, wbfuse
+from tests.test_promises import wait_until
+
+pytestmark = needs_mount
+KILLS = int(os.environ.get("WBFUSE_KILLS", "8"))
+MANY = ("--max-deaths", "100000", "--log-size", "128MiB")
+KINDS: dict[str, tuple[str, ...]] = {
+    "writeback": (),
+    "background close": ("--on-close", "background", "--dirty-expire", "50ms"),
+    "kernel writethrough": ("--kernel-cache", "writethrough"),
+    "kernel off": ("--kernel-cache", "off"),
+    "writethrough": ("--policy", "writethrough"),
+}
+
+
+def worker(m: Mounted) -> int:
+    return int(m.status()["worker"]["pid"])
+
+
+def kill_worker(m: Mounted) -> None:
+    """SIGKILL, and wait until the process is gone."""
+    pid = worker(m)
+    ended = os.pidfd_open(pid)
+    os.kill(pid, signal.SIGKILL)
+    select.select([ended], [], [])
+    os.close(ended)
+
+
+@contextmanager
+def writing(m: Mounted, seed: int) -> Iterator[dict[str, Any]]:
+    """Writers on the mount while the block runs; what they say in the end is in the dict then."""
+    command = [sys.executable, "-m", "tests.writers", str(m.path), str(seed)]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent
+    )
+    said: dict[str, Any] = {}
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        yield said
+        said |= json.loads(process.communicate(timeout=120)[0])
+    finally:
+        process.kill()
+        process.wait()
+
+
+def kill_while_writing(m: Mounted, seed: int, kills: int) -> dict[str, Any]:
+    rng = random.Random(seed)
+    with writing(m, seed) as said:
+        for _ in range(kills):
+            time.sleep(rng.random() * 0.5)  # any moment will do
+            kill_worker(m)
+    return said
+
+
+def right(home: Path, contents: dict[str, str]) -> None:
+    for name, digits in contents.items():
+        assert (home / name).read_bytes() == bytes.fromhex(digits), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_writers_notice_no_death_of_the_worker(mounter: Mounter, kind: str) -> None:
+    m = mounter(*MANY, *KINDS[kind])
+    keeper = m.status()["keeper"]["pid"]
+    before = len(os.listdir(f"/proc/{keeper}/fd"))
+    said = kill_while_writing(m, KILLS, KILLS)
+    assert said["wrong"] == []
+    assert min(said["counts"].values()) > 0
+    right(m.path, said["contents"])
+    assert len(os.listdir(f"/proc/{keeper}/fd")) == before
+    children = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
+    assert children == [str(worker(m))]
+    m.umount()
+    right(m.source, said["contents"])
+    assert not (m.source / ".wbfuse").exists()
+    assert wait_until(lambda: not Path(f"/proc/{keeper}").exists())
+
+
+def test_writers_on_a_volume_notice_no_death_of_the_worker(mounter: Mounter, volume: str) -> None:
+    m = mounter(*MANY, source=volume)
+    said = kill_while_writing(m, KILLS, KILLS)
+    assert said["wrong"] == []
+    right(m.path, said["contents"])
+    m.umount()
+    assert wbfuse("check", volume, "--data").stdout == "0 problems\n"
+    m = mounter(source=volume)
+    right(m.path, said["contents"])
+
+
+def test_writers_on_s3_and_postgres_notice_no_death_of_the_worker(
+    mounter: Mounter, s3_url: str, postgres_meta: str
+) -> None:
+    wbfuse("format", postgres_meta, "--data", s3_url, check=True)
+    m = mounter(*MANY, source=postgres_meta)
+    said = kill_while_writing(m, KILLS, KILLS // 2)
+    assert said["wrong"] == []
+    right(m.path, said["contents"])
+    m.umount()
+    assert wbfuse("check", postgres_meta, "--data").stdout == "0 problems\n"
+
+
+@pytest.mark.parametrize("how", ["restart", "SIGKILL"])
+def test_what_is_open_stays_open(mounter: Mounter, how: str) -> None:
+    m = mounter(*MANY)
+    for n in range(3000):
+        (m.path / f"name{n}").touch()
+    held = os.open(m.path / "held", os.O_RDWR | os.O_CREAT)
+    os.write(held, b"before ")
+    gone = os.open(m.path / "gone", os.O_RDWR | os.O_CREAT)
+    os.write(gone, b"no name")
+    os.unlink(m.path / "gone")
+    listing = os.scandir(m.path)
+    names = [next(listing).name for _ in range(100)]
+    pid = worker(m)
+    if how == "restart":
+        assert "served by process" in wbfuse("restart", str(m.path), check=True).stdout
+    else:
+        kill_worker(m)
+    os.write(held, b"after")
+    assert os.pread(held, 100, 0) == b"before after"
+    assert os.pread(gone, 100, 0) == b"no name"
+    names += [e.name for e in listing]
+    assert sorted(names) == sorted(["held", *(f"name{n}" for n in range(3000))])
+    assert worker(m) != pid
+    os.close(held)
+    os.close(gone)
+    m.umount()
+    assert (m.source / "held").read_bytes() == b"before after"
+    assert not (m.source / ".wbfuse").exists()
+
+
+def test_a_log_full_of_dirty_data_is_taken_over(mounter: Mounter) -> None:
+    """Nothing could be written back before the death; the log is nearly full, and writers wait for room."""
+    m = mounter(*MANY, "--on-close", "background", "--bwlimit", "4MB/s")
+    data = os.urandom(64 << 20)
+    (m.path / "big").write_bytes(data)
+    kill_worker(m)
+    assert (m.path / "big").read_bytes() == data
+    status = m.status()
+    assert status["dirty_bytes"] > 0
+    assert status["worker"]["deaths"] == 1
+    kill_worker(m)
+    assert (m.path / "big").read_bytes() == data
+    m.umount()
+    assert (m.source / "big").read_bytes() == data
+
+
+def test_a_worker_that_dies_too_often_ends_the_mount_and_its_log_is_kept(
+    mounter: Mounter, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(workdir / "state"))
+    m = mounter("--max-deaths", "3", "--on-close", "background", "--dirty-expire", "1h")
+    keeper = m.status()["keeper"]["pid"]
+    (m.path / "a").write_bytes(b"kept")
+    for _ in range(3):
+        kill_worker(m)
+    assert wait_until(lambda: not Path(f"/proc/{keeper}").exists())
+    assert not mounted_here(m.path)
+    assert "the log of a mount" in wbfuse("recover", check=True).stdout
+    (entry,) = (workdir / "state/wbfuse/quarantine").iterdir()
+    assert b"kept" in (entry / "log").read_bytes()
+
+
+def test_a_store_that_is_away_when_the_next_worker_starts_is_waited_for(
+    mounter: Mounter, postgres_meta: str, s3_url: str, postgres: Any
+) -> None:
+    wbfuse("format", postgres_meta, "--data", s3_url, check=True)
+    m = mounter("--on-close", "background", source=postgres_meta)
+    (m.path / "a").write_bytes(b"patience")
+    pid = worker(m)
+    postgres.stop()
+    try:
+        os.kill(pid, signal.SIGKILL)
+    finally:
+        postgres.start()
+    assert (m.path / "a").read_bytes() == b"patience"
+    m.umount()
+    m = mounter(source=postgres_meta)
+    assert (m.path / "a").read_bytes() == b"patience"
+
+
+def test_signals_to_the_keeper_reach_a_worker_that_follows(
+    mounter: Mounter, wait: Callable[..., bool] = wait_until
+) -> None:
+    m = mounter("--on-close", "background")
+    (m.path / "a").write_bytes(b"all")
+    keeper, pid = m.status()["keeper"]["pid"], worker(m)
+    os.kill(pid, signal.SIGKILL)
+    os.kill(keeper, signal.SIGTERM)
+    assert wait_until(lambda: not Path(f"/proc/{keeper}").exists())
+    assert (m.source / "a").read_bytes() == b"all"
