@@ -168,8 +168,7 @@ import os, sys, time
 from sqlalchemy import insert
 from wbfuse.store.contract import ROOT_INO, Owner, Piece, Round
 from wbfuse.store.volume import Tuning, VolumeStore, format_volume
-from wbfuse.store.volume.rows import as_row
-from wbfuse.store.volume.maps import rows_in
+from wbfuse.store.volume.rows import as_row, rows_in
 from wbfuse.store.volume.schema import extents, packs, inodes
 from sqlalchemy import update
 

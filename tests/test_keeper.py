@@ -198,9 +198,7 @@ def test_a_store_that_is_away_when_the_next_worker_starts_is_waited_for(
     assert (m.path / "a").read_bytes() == b"patience"
 
 
-def test_signals_to_the_keeper_reach_a_worker_that_follows(
-    mounter: Mounter, wait: Callable[..., bool] = wait_until
-) -> None:
+def test_signals_to_the_keeper_reach_a_worker_that_follows(mounter: Mounter) -> None:
     m = mounter("--on-close", "background")
     (m.path / "a").write_bytes(b"all")
     keeper, pid = m.status()["keeper"]["pid"], worker(m)

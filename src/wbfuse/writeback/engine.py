@@ -42,6 +42,11 @@ _CALM_ROUNDS = 1
 """Rounds at once where age is the only reason, until twice the age: more take the interpreter from the reader."""
 _PR_SET_IO_FLUSHER = 57
 
+_Commit = list[tuple[File, Generation | None]]
+"""Generations to commit in one call; None: the file is only synced."""
+_Stage = tuple[File, Generation]
+"""A generation to bring to the store ahead of its commit."""
+
 
 class Engine:
     """Runs a WritebackCache: `start`, later `stop` (which leaves dirty data dirty: drain first)."""
@@ -220,35 +225,51 @@ class Engine:
         cache = self.cache
         while True:
             with cache.lock:
-                ahead: tuple[File, Generation] | None = None
-                while True:
+                while (work := self._choose()) is None:
                     if self._stopping:
                         return
-                    now = cache.clock()
-                    f = self._pick(now)
-                    if f is not None or (ahead := self._ahead()) is not None:
-                        break
-                    due = self._due(now)
+                    due = self._due(cache.clock())
                     self._watchers += due is not None
                     cache.work.wait(due)
                     self._watchers -= due is not None
-                self._at_work += 1
-                if f is not None:
-                    jobs = [self._begin(f) for f in self._company(f, now)]
-                elif ahead is not None:
-                    self._begin_staging(*ahead)
                 if (self._watchers == 0 and (cache.dirty or cache.failing or cache.urgent)) or self._stages:
                     cache.work.notify()  # somebody else must watch what becomes due next, or stage what follows
-            if ahead is not None and f is None:
-                self._stage(*ahead)
-                continue
-            try:
-                errors = self._carry(jobs)
-            except Exception:  # a defect of a store must not end write-back
-                log.exception("write-back of node %d failed", jobs[0][0].ino)
-                errors = {f.ino: errno.EIO for f, _ in jobs}
-            for i, (f, g) in enumerate(jobs):
-                self._finish(f, g, errors.get(f.ino, 0), last=i == len(jobs) - 1)
+            self._do(work)
+
+    def step(self) -> bool:
+        """Do what a committer would do now, in this thread. Whether there was anything. For simulations."""
+        with self.cache.lock:
+            work = self._choose()
+        if work is not None:
+            self._do(work)
+        return work is not None
+
+    def _choose(self) -> _Commit | _Stage | None:
+        """Held: lock. The next thing to do, begun; None where nothing is due, or the engine ends."""
+        if self._stopping:
+            return None
+        now = self.cache.clock()
+        f = self._pick(now)
+        if f is not None:
+            self._at_work += 1
+            return [self._begin(member) for member in self._company(f, now)]
+        ahead = self._ahead()
+        if ahead is not None:
+            self._at_work += 1
+            self._begin_staging(*ahead)
+        return ahead
+
+    def _do(self, work: _Commit | _Stage) -> None:
+        if isinstance(work, tuple):
+            self._stage(*work)
+            return
+        try:
+            errors = self._carry(work)
+        except Exception:  # a defect of a store must not end write-back
+            log.exception("write-back of node %d failed", work[0][0].ino)
+            errors = {f.ino: errno.EIO for f, _ in work}
+        for i, (f, g) in enumerate(work):
+            self._finish(f, g, errors.get(f.ino, 0), last=i == len(work) - 1)
 
     def _begin(self, f: File) -> tuple[File, Generation | None]:
         """Held: lock. Put the oldest generation in flight; without one, the file is only synced."""

@@ -113,6 +113,8 @@ class Log:
         self._free: list[Segment] = []
         """A stack: the segment used last is warm in the processor's cache and comes first."""
         self.sequence = 0
+        self.tail = self._view[:0]
+        """Where the next payload is to be received."""
         self._receiving = self._side = self.segments[0]
         """Where the reader's tail is, which only the reader moves; and where everybody else stamps notes and copies
         payloads to, under the lock."""
@@ -183,7 +185,6 @@ class Log:
     def _set_tail(self) -> None:
         at = self._receiving.base + self._receiving.used
         self.tail = self._view[at : at + self.max_write]
-        """Where the next payload is to be received."""
 
     @property
     def ready(self) -> bool:
