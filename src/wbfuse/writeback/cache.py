@@ -28,7 +28,7 @@ from wbfuse.writeback.extents import HOLE
 from wbfuse.writeback.file import STORE, FileCache, Generation
 from wbfuse.writeback.limits import Limits
 from wbfuse.writeback.log import Log, LogFull, Segment
-from wbfuse.writeback.records import ATIME, GROWS, MTIME, Kind, Record
+from wbfuse.writeback.records import ATIME, MTIME, Kind, Record
 
 log = logging.getLogger(__name__)
 
@@ -316,8 +316,8 @@ class WritebackCache:
         elif r.kind == Kind.TRUNCATE:
             self._freed(self.log.release(core.truncate(r.offset, now, r.sequence, segment, mtime)))
         elif r.kind == Kind.ZERO:
-            end, grow = r.offset + r.length, bool(r.flags & GROWS)
-            self._freed(self.log.release(core.zero(r.offset, end, grow, now, r.sequence, segment, mtime)))
+            end = r.offset + r.length
+            self._freed(self.log.release(core.zero(r.offset, end, r.length > 0, now, r.sequence, segment, mtime)))
         elif r.kind == Kind.TIMES:
             atime = r.offset if r.flags & ATIME else None
             core.set_times(atime, r.length if r.flags & MTIME else None, now, r.sequence, segment)
@@ -340,7 +340,7 @@ class WritebackCache:
             g = self._adopt(f.ino, f.attr)  # it may have been let go a moment ago, being clean
             self._mark(g)
             place = receive()
-            sequence = log_.stamp(unique, g.ino, offset, n, place, mtime_ns or 0)
+            sequence = log_.stamp(unique, g.ino, offset, n, place, mtime_ns or g.core.mtime_ns)
             dropped = g.core.write(offset, offset + n, place, self.clock(), sequence, mtime_ns)
             if dropped:
                 log_.release(dropped)
@@ -360,7 +360,7 @@ class WritebackCache:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 
         def change(g: File) -> None:
-            token = self.log.note(Kind.TRUNCATE, unique, g.ino, size, 0, 0, mtime_ns or 0)
+            token = self.log.note(Kind.TRUNCATE, unique, g.ino, size, 0, 0, mtime_ns or g.core.mtime_ns)
             self._freed(self.log.unnote(g.core.superseded_by_truncate(size)))
             self._freed(self.log.release(g.core.truncate(size, self.clock(), self.log.sequence, token, mtime_ns)))
 
@@ -374,7 +374,9 @@ class WritebackCache:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 
         def change(g: File) -> None:
-            token = self.log.note(Kind.ZERO, unique, g.ino, start, end - start, GROWS * grow, mtime_ns or 0)
+            # Cut to the size, which it says again: the write that made the file so long may be superseded by this.
+            length = max(0, (end if grow else min(end, g.core.size)) - start)
+            token = self.log.note(Kind.ZERO, unique, g.ino, start, length, 0, mtime_ns or g.core.mtime_ns)
             dropped = g.core.zero(start, end, grow, self.clock(), self.log.sequence, token, mtime_ns)
             self._freed(self.log.release(dropped))
 
@@ -657,7 +659,7 @@ class WritebackCache:
                 moved = self.log.put(self.log.view(place, length))
             except LogFull:
                 break
-            self.log.stamp_moved(g.sequence, f.ino, start, length, moved)
+            self.log.stamp_moved(g.sequence, f.ino, start, length, moved, g.mtime_ns or f.core.mtime_ns)
             g.extents.move(i, moved)
             freed |= self.log.release([(place, length)])
         self._freed(freed)

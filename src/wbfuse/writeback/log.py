@@ -226,17 +226,17 @@ class Log:
         s.live += len(data)
         return place
 
-    def stamp(self, unique: int, ino: int, offset: int, length: int, place: int, mtime_ns: int = 0) -> int:
+    def stamp(self, unique: int, ino: int, offset: int, length: int, place: int, mtime_ns: int) -> int:
         """Write the record of a payload at `place`, into its segment. Answers its sequence number."""
         self.sequence += 1
         s = self.segments[place // self.segment_size]
         self._stamp(s, (self.sequence, unique, ino, offset, length, place, _WRITE, 0, mtime_ns))
         return self.sequence
 
-    def stamp_moved(self, sequence: int, ino: int, offset: int, length: int, place: int) -> None:
+    def stamp_moved(self, sequence: int, ino: int, offset: int, length: int, place: int, mtime_ns: int) -> None:
         """Write the record of a payload that was copied to `place`; its turn stays that of `sequence`."""
         s = self.segments[place // self.segment_size]
-        self._stamp(s, (sequence, 0, ino, offset, length, place, _WRITE, 0, 0))
+        self._stamp(s, (sequence, 0, ino, offset, length, place, _WRITE, 0, mtime_ns))
 
     def note(
         self, kind: int, unique: int, ino: int, offset: int, length: int, flags: int = 0, mtime_ns: int = 0

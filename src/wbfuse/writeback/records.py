@@ -26,12 +26,11 @@ class Kind(IntEnum):
     TRUNCATE = 2
     """The size of `ino` became `offset`."""
     ZERO = 3
-    """[offset, offset + length) of `ino` became zeros; with `flags` GROWS a size that was less became its end."""
+    """[offset, offset + length) of `ino` became zeros; a size that was less became its end."""
     TIMES = 4
     """`offset` is atime_ns and `length` mtime_ns of `ino`, as `flags` say."""
 
 
-GROWS = 1
 ATIME, MTIME = 1, 2
 
 
@@ -48,7 +47,7 @@ class Record:
     kind: int
     flags: int = 0
     mtime_ns: int = 0
-    """What the change made the mtime; 0 where it did not."""
+    """The file's mtime after it, whether it moved it or not: the record that did may have been superseded."""
 
 
 def pack(
