@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 APT := python3-venv fuse3 libfuse3-dev pkg-config gcc libc6-dev fio e2fsprogs mount util-linux postgresql qemu-utils qemu-system-x86 iproute2
 BENCH_APT := s3fs openssh-server openssh-client
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test torture lint bench clean
 
 setup: $(VENV)/.done
 
@@ -27,6 +27,12 @@ demo: setup
 
 test: setup $(VENV)/guest/.done $(VENV)/azurite/.done
 	$(PY) -m pytest
+
+# The long runs of what `make test` does in small.
+torture: setup
+	$(PY) -m tests.simulation 0 10000
+	WBFUSE_KILLS=200 $(PY) -m pytest --timeout 3600 tests/test_keeper.py
+	WBFUSE_FSX_OPERATIONS=200000 $(PY) -m pytest --timeout 3600 tests/test_exerciser.py
 
 # A kernel and a shell for a virtual machine that boots from an image on a mount: unpacked here, not installed.
 GUEST := apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: \(linux-image-[0-9].*-cloud-amd64\)$$/\1/p'

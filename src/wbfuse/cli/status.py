@@ -78,7 +78,9 @@ def _show(one: dict[str, Any]) -> None:
         else "none",
         "store": f"{show_size(store['bytes_written'])} in {store['writes']} writes",
         "requests": ", ".join(f"{name} {n}" for name, n in sorted(one["requests"].items(), key=lambda x: -x[1])),
-        "worker": f"pid {one['worker']['pid']}",
+        "worker": f"pid {one['worker']['pid']}"
+        + (f"; {one['worker']['deaths']} died in the last minute" if one["worker"].get("deaths") else "")
+        + f"; keeper {one['keeper']['pid']}",
         "last error": one["last_error"] or "none",
     }
     for key, value in rows.items():

@@ -41,6 +41,7 @@ _LOOK_AGAIN = 1.0
 WITHIN = 60.0
 """Seconds in which deaths are counted."""
 WORKER: tuple[str, ...] = ("-m", "wbfuse.control.worker")
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PAUSES = (0.0, 0.0, 0.1, 0.2, 0.5, 1.0)
 """Seconds before the next worker starts, by deaths in the last minute."""
 _LONGEST = 1 << 16
@@ -59,12 +60,14 @@ class Keeper:
         self._kept: dict[str, int] = {}
         self._worker: subprocess.Popen[bytes] | None = None
         self._served = False
+        self._listening = False
+        """The worker of this life knows what to do with signals."""
         self._signals: list[int] = []
-        """Those that came while there was no worker to hear them."""
+        """All that came: a worker that follows is told as well."""
 
     def run(self) -> int:
         """Serve until the mount has ended. Answers the exit status of the last worker, or GIVEN_UP."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in _SIGNALS:
             signal.signal(number, self._forward)
         deaths: deque[float] = deque(maxlen=self._most_deaths)
         while True:
@@ -98,9 +101,8 @@ class Keeper:
             first = json.dumps({"spec": self._spec, "kept": names, "deaths": deaths}).encode()
             with contextlib.suppress(OSError):  # it is dead already: its status will tell
                 socket.send_fds(ours, [first], [self._kept[n] for n in names])
-            for number in self._signals:
-                self._worker.send_signal(number)
             said = self._listen(ours)
+            self._listening = False
             status = self._worker.wait()
             self._worker = None
         if not self._served:
@@ -136,14 +138,27 @@ class Keeper:
             said = json.loads(message)
             if "keep" in said:
                 self._kept[said["keep"]] = fds[0]
-            elif "ready" in said and not self._served:
-                self._served = True
-                self._report(None)
+            elif "ready" in said:
+                self._ready()
             elif "failed" in said:
                 failed = said["failed"]
 
+    def _ready(self) -> None:
+        first, self._served = not self._served, True
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        self._listening = True
+        for number in self._signals:
+            self._tell(number)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if first:
+            self._report(None)
+
     def _forward(self, number: int, _frame: object) -> None:
         self._signals.append(number)
+        if self._listening or not self._served:  # before the mount is there it simply ends
+            self._tell(number)
+
+    def _tell(self, number: int) -> None:
         if self._worker is not None:
             self._worker.send_signal(number)
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from wbfuse.control import paths
-from wbfuse.control.keeper import RESTART
+from wbfuse.control.keeper import GIVEN_UP, RESTART
 from wbfuse.control.server import ControlServer, Message
 from wbfuse.filesystem.cached_fs import CachedFileSystem
 from wbfuse.filesystem.store_fs import StoreFileSystem
@@ -102,6 +102,12 @@ def open_store(spec: Spec, journal: Journal) -> Store:
     return DirectoryStore(spec.source, spec.read_only, journal)
 
 
+def _die() -> None:
+    """End this process at once: the next one goes on from what log and journal say."""
+    logging.shutdown()
+    os._exit(GIVEN_UP)
+
+
 class Mount:
     """A mount that is served by this process. Raises MountError, SourceError or LogError where it cannot be made.
 
@@ -142,6 +148,7 @@ class Mount:
         except BaseException:
             store.close()
             raise
+        self.session.on_defect = _die
         try:
             self.tuned = self._tune()
             self._control = ControlServer(
@@ -183,6 +190,7 @@ class Mount:
         )
         self.engine = Engine(self.cache, spec.dirty_expire)
         self.engine.keep = self._set_aside
+        self.engine.on_defect = _die
         outer = self
 
         class Draining(CachedFileSystem):

@@ -39,6 +39,7 @@ from wbfuse.wire.constants import (
     FATTR_SIZE,
     FATTR_UID,
     OPEN_KILL_SUIDGID,
+    UNIQUE_RESEND,
     WRITE_CACHE,
     WRITE_KILL_SUIDGID,
     Cap,
@@ -51,6 +52,8 @@ from wbfuse.writeback.extents import HOLE
 from wbfuse.writeback.file import STORE
 from wbfuse.writeback.log import LogFull
 
+OURS = b"user.wbfuse."
+"""Extended attributes of what the cache knows: `dirty`, bytes that are not in the store; `error`, the last one."""
 _KERNELS_TIMES = FATTR_MTIME | FATTR_CTIME | FATTR_FH
 _SLOW_CHANGES = FATTR_MODE | FATTR_UID | FATTR_GID | FATTR_KILL_SUIDGID
 
@@ -221,11 +224,24 @@ class CachedFileSystem(StoreFileSystem):
         f = self.cache.files.get(request.nodeid)
         if f is not None and f.bare and name == b"security.capability":
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+        if name.startswith(OURS):
+            return self._told(f, name)
         if not request.blocking:
             raise WouldBlock
         return super().getxattr(request, name)
 
+    @staticmethod
+    def _told(f: File | None, name: bytes) -> bytes:
+        """What wbfuse knows of a file. Never listed: cp -a and tar would copy it as if it were the file's."""
+        if name == OURS + b"dirty":
+            return b"%d" % (0 if f is None else f.core.dirty_bytes)
+        if name == OURS + b"error" and f is not None and f.error:
+            return os.strerror(f.error).encode()
+        raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+
     def setxattr(self, request: Request, name: bytes, value: bytes, flags: int) -> None:
+        if name.startswith(OURS):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         f = self.cache.files.get(request.nodeid)
         if f is not None:
             f.bare = False
@@ -302,6 +318,11 @@ class CachedFileSystem(StoreFileSystem):
             return parked
         at_tail = not request.blocking
         f = self._file(request, request.nodeid)
+        if request.unique & UNIQUE_RESEND and self.cache.taken.pop(request.unique & ~UNIQUE_RESEND, None) is not None:
+            if flags & O_DSYNC and not from_kernel_cache:
+                self._when_durable(request, f, self.handles.get(fh), len(data))
+                return PARKED
+            return len(data)  # it is in the log, from a server that died before it could say so
         if write_flags & WRITE_KILL_SUIDGID and f.attr.mode & (stat.S_ISUID | stat.S_ISGID):
             if not request.blocking:
                 raise WouldBlock

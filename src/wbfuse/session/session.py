@@ -98,6 +98,8 @@ class Session:
         self._resend_lock = threading.Lock()
         """Guards `_held` against `_late` where a reply meets a resend; nothing else is held with it."""
         self.agreement: Agreement | None = None
+        self.on_defect: Callable[[], None] | None = None
+        """Called, from a reader, when it cannot go on; by default the connection ends."""
         self.failure: str | None = None
         """Why the connection could not be negotiated."""
         self.ready = threading.Event()
@@ -129,12 +131,13 @@ class Session:
         if agreement is not None:
             self.agreement = agreement
             self.fs.init(agreement)
+            if agreement.capabilities & Cap.HAS_RESEND:
+                # Before anything is read: what is unanswered now is all of the server that died.
+                self._send(tuple(replies.notify_resend()))
         self._start_reader()
         if agreement is not None:
             self._settle()
             self.ready.set()
-            if agreement.capabilities & Cap.HAS_RESEND:
-                self.notifier.send(replies.notify_resend())
         threading.Thread(target=self._finish, name="session-end", daemon=True).start()
 
     def wait(self) -> None:
@@ -169,6 +172,8 @@ class Session:
             self._read_loop(counts)
         except Exception:  # a reader must not die unseen: the mount would hang
             log.exception("the reader failed; the connection ends")
+            if self.on_defect is not None:
+                self.on_defect()
             self.failure = self.failure or "the reader failed, see the log"
         finally:
             if not self.ready.is_set():

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 MIB = 1 << 20
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
-_FLOOR = Struct("<Q")
+_FLOOR, _ERROR = Struct("<Q"), Struct("<II")
 
 Done = Callable[[int], None]
 """Called once with 0 or an errno."""
@@ -128,6 +128,8 @@ class WritebackCache:
         self.store = store
         self.clock = clock
         self.journal = journal or Journal()
+        self._errors: dict[int, bytes] = {}
+        """What the journal says of errors of files that are being taken over."""
         self.log = Log(log_size, max_write, log_fd)
         # Beyond the limit WRITEs are still taken (their replies wait), so what the kernel may send must fit behind it.
         reserve = min(kernel_dirty + max_write, self.log.size // 2) + 2 * self.log.segment_size
@@ -154,6 +156,8 @@ class WritebackCache:
         self.draining = 0
         self.in_flight_bytes = 0
         self.last_error = ""
+        self.taken: dict[int, int] = {}
+        """unique -> length of WRITEs that a server before this one took, and perhaps did not answer."""
         self.can_resend = False
         """The kernel honours NOTIFY_RESEND (Linux 6.9)."""
         self.at_scratch = False
@@ -269,6 +273,8 @@ class WritebackCache:
         del self.files[f.ino]
         if f.marked:
             self.journal.remove(Entry.DIRTY, f.ino)
+        if f.error:
+            self.journal.remove(Entry.ERROR, f.ino)
         for queue in (self.dirty, self.urgent, self.full, self.failing):
             queue.pop(f.ino, None)
         self.epoch += 1
@@ -291,6 +297,9 @@ class WritebackCache:
                 self.journal.remove(Entry.DIRTY, ino)
                 del found[ino]
             self.log.revive(records)
+        self._errors = self.journal.inherited(Entry.ERROR)
+        for ino in self._errors.keys() - found.keys():
+            self.journal.remove(Entry.ERROR, ino)
         self.log.settle()
         return found
 
@@ -302,6 +311,7 @@ class WritebackCache:
             else:
                 f = self._adopt(ino, attr)
             f.marked = True
+            f.error, f.error_sequence = _ERROR.unpack(self._errors.pop(ino, _ERROR.pack(0, 0)))
             for segment, record in records:
                 self._replay(f, segment, record)
             if attr is not None:
@@ -312,6 +322,8 @@ class WritebackCache:
         """Held: lock."""
         core, now, mtime = f.core, self.clock(), r.mtime_ns or None
         if r.kind == Kind.WRITE:
+            if r.unique:
+                self.taken[r.unique] = r.length
             self._freed(self.log.release(core.write(r.offset, r.offset + r.length, r.place, now, r.sequence, mtime)))
         elif r.kind == Kind.TRUNCATE:
             self._freed(self.log.release(core.truncate(r.offset, now, r.sequence, segment, mtime)))
@@ -619,6 +631,12 @@ class WritebackCache:
             f.version += 1
             f.core.grown(end, mtime_ns)
             self.requeue(f)
+
+    def failed(self, f: File, error: int) -> None:
+        """Held: lock. An error that each opener of the file shall hear of, also from the server after this one."""
+        f.error = error
+        f.error_sequence += 1
+        self.journal.put(Entry.ERROR, f.ino, _ERROR.pack(error, f.error_sequence))
 
     def requeue(self, f: File) -> None:
         """Held: lock. A file that is idle again goes where the engine finds it."""

@@ -63,6 +63,8 @@ class Engine:
         """Called, from the pacer, when WRITEs that found no room may be sent again."""
         self.keep: Callable[[int, int, list[list[Piece]]], None] | None = None
         """Called, from a committer, with (ino, size, pieces of each generation) of a file that was fenced."""
+        self.on_defect: Callable[[], None] | None = None
+        """Called, from a committer, when it cannot go on: without it write-back would stop unseen."""
         self._told = 0.0
         self._watchers = 0
         """Committers that sleep with a time to wake."""
@@ -222,6 +224,15 @@ class Engine:
     def _commit_loop(self) -> None:
         with contextlib.suppress(OSError):
             _set_io_flusher()
+        try:
+            self._commit_until_stopped()
+        except Exception:
+            log.exception("a committer failed")
+            if self.on_defect is None:
+                raise
+            self.on_defect()
+
+    def _commit_until_stopped(self) -> None:
         cache = self.cache
         while True:
             with cache.lock:
@@ -504,8 +515,7 @@ class Engine:
             if f.waiters and not f.core.generations:
                 cache.urgent[f.ino] = f
             return []
-        f.error = error
-        f.error_sequence += 1
+        cache.failed(f, error)
         waiters, f.waiters = f.waiters, []
         return [_call(w.done, error) for w in waiters]
 
