@@ -151,7 +151,7 @@ def test_what_is_open_stays_open(mounter: Mounter, how: str) -> None:
 def test_a_log_full_of_dirty_data_is_taken_over(mounter: Mounter) -> None:
     """Nothing could be written back before the death; the log is nearly full, and writers wait for room."""
     m = mounter(*MANY, "--on-close", "background", "--bwlimit", "4MB/s")
-    data = os.urandom(64 << 20)
+    data = os.urandom(24 << 20)
     (m.path / "big").write_bytes(data)
     kill_worker(m)
     assert (m.path / "big").read_bytes() == data
