@@ -177,7 +177,12 @@ def test_a_worker_that_dies_too_often_ends_the_mount_and_its_log_is_kept(
     assert not mounted_here(m.path)
     assert "the log of a mount" in wbfuse("recover", check=True).stdout
     (entry,) = (workdir / "state/wbfuse/quarantine").iterdir()
-    assert b"kept" in (entry / "log").read_bytes()
+    said = wbfuse("recover", entry.name, "--export", str(workdir / "out"), check=True).stdout
+    assert "4 B of /a\n" in said
+    (file,) = (workdir / "out").iterdir()
+    assert file.read_bytes() == b"kept"
+    assert wbfuse("recover", entry.name, "--discard", input="y\n").returncode == 0
+    assert not entry.exists()
 
 
 def test_a_store_that_is_away_when_the_next_worker_starts_is_waited_for(

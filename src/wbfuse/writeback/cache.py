@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 MIB = 1 << 20
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
+GEOMETRY = Struct("<QQ")
+"""Of the log: its size as asked for, and max_write."""
 _FLOOR, _ERROR = Struct("<Q"), Struct("<II")
 
 Done = Callable[[int], None]
@@ -131,6 +133,8 @@ class WritebackCache:
         self._errors: dict[int, bytes] = {}
         """What the journal says of errors of files that are being taken over."""
         self.log = Log(log_size, max_write, log_fd)
+        if log_fd is None:
+            self.journal.put(Entry.LOG, 0, GEOMETRY.pack(log_size, max_write))
         # Beyond the limit WRITEs are still taken (their replies wait), so what the kernel may send must fit behind it.
         reserve = min(kernel_dirty + max_write, self.log.size // 2) + 2 * self.log.segment_size
         limit = max(self.log.size - reserve, self.log.size // 4)

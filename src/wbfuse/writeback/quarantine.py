@@ -46,6 +46,13 @@ class Kept:
     def data(self) -> str:
         return os.path.join(self.path, _DATA)
 
+    @property
+    def images(self) -> tuple[str, str] | None:
+        """Log and journal of a mount that could not be served, where that is what was kept."""
+        if self.manifest.get("kind") != "log":
+            return None
+        return os.path.join(self.path, "log"), os.path.join(self.path, "journal")
+
 
 def keep_log(directory: str, source: str, images: dict[str, int]) -> str:
     """Keep the memory files of a mount that nobody can serve, by name. Answers the entry's name. Raises OSError."""
@@ -68,20 +75,10 @@ def keep_log(directory: str, source: str, images: dict[str, int]) -> str:
 
 def keep(directory: str, source: str, ino: int, path: str, size: int, rounds: Iterable[list[Piece]]) -> str:
     """Keep the pieces of `rounds`, oldest first. Answers the entry's name. Raises OSError."""
-    ranges: list[tuple[int, int]] = []
 
     def fill(making: str) -> dict[str, Any]:
-        fd = os.open(os.path.join(making, _DATA), os.O_WRONLY | os.O_CREAT, 0o600)
-        try:
-            os.ftruncate(fd, size)
-            for pieces in rounds:
-                for piece in pieces:
-                    ranges.append((piece.offset, piece.offset + piece.length))
-                    _write(fd, piece)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        return {"source": source, "ino": ino, "path": path, "size": size, "ranges": _merged(ranges)}
+        ranges = write_out(os.path.join(making, _DATA), size, rounds)
+        return {"source": source, "ino": ino, "path": path, "size": size, "ranges": ranges}
 
     return _make(directory, str(ino), fill)
 
@@ -154,6 +151,22 @@ def discard(kept: Kept) -> None:
     going = os.path.join(os.path.dirname(kept.path), f".{kept.name}")
     os.rename(kept.path, going)  # half an entry is none
     shutil.rmtree(going)
+
+
+def write_out(target: str, size: int, rounds: Iterable[list[Piece]]) -> list[tuple[int, int]]:
+    """A new sparse file with these pieces, oldest first. Answers the ranges that they cover. Raises OSError."""
+    ranges: list[tuple[int, int]] = []
+    fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.ftruncate(fd, size)
+        for pieces in rounds:
+            for piece in pieces:
+                ranges.append((piece.offset, piece.offset + piece.length))
+                _write(fd, piece)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return _merged(ranges)
 
 
 def export(kept: Kept, target: str) -> None:

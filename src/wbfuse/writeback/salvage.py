@@ -1,0 +1,78 @@
+"""What is in the log of a mount that nobody serves any more: its dirty files, read from images of log and journal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from wbfuse.journal import Journal
+from wbfuse.journal import Kind as Entry
+from wbfuse.store.contract import Piece
+from wbfuse.store.directory.nodes import unpack
+from wbfuse.wire.types import Attr
+from wbfuse.writeback.cache import GEOMETRY, File, WritebackCache
+from wbfuse.writeback.file import plan
+
+
+@dataclass(slots=True)
+class Dirty:
+    """One file: `rounds` as quarantine.keep takes them. `path` as far as the journal knows it."""
+
+    ino: int
+    path: str
+    size: int
+    rounds: list[list[Piece]]
+
+
+class _NoStore:
+    """Behind a cache that is only looked at."""
+
+    class capabilities:  # noqa: N801 - as Store has it
+        stages = False
+        max_file_size = (1 << 63) - 1
+
+    def hold(self, _ino: int) -> None: ...
+
+
+def dirty_files(log_path: str, journal_path: str) -> Iterator[Dirty]:
+    """The dirty files in these images, which are not changed. Their pieces hold while one is looked at.
+
+    Raises ValueError where the images are none.
+    """
+    journal = Journal(_in_memory(journal_path))
+    geometry = journal.inherited(Entry.LOG).get(0)
+    if geometry is None:
+        raise ValueError(f"{journal_path}: says nothing of a log")
+    size, max_write = GEOMETRY.unpack(geometry)
+    nodes = {ino: unpack(ino, entry).places for ino, entry in journal.inherited(Entry.NODE).items()}
+    store: Any = _NoStore()
+    cache = WritebackCache(store, size, max_write, 0, journal=journal, log_fd=_in_memory(log_path))
+    for ino, found in cache.inherited().items():
+        f: File = cache.replay(ino, Attr(ino, 0), found)
+        rounds = [plan(g.extents, 1 << 30, cache.log.view) for g in f.core.generations]
+        yield Dirty(ino, _path(nodes, ino), f.core.size, rounds)
+
+
+def _in_memory(path: str) -> int:
+    fd = os.memfd_create("wbfuse-image", os.MFD_CLOEXEC)
+    with open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        os.ftruncate(fd, size)
+        at = 0
+        while at < size:
+            n = os.sendfile(fd, f.fileno(), at, size - at)
+            if not n:
+                break
+            at += n
+    return fd
+
+
+def _path(nodes: dict[int, list[tuple[int, bytes]]], ino: int) -> str:
+    names: list[str] = []
+    at = ino
+    while nodes.get(at) and len(names) < 4096:
+        at, name = nodes[at][-1]
+        names.append(os.fsdecode(name))
+    return "/" + "/".join(reversed(names)) if names and at == 1 else ""
