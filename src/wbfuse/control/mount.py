@@ -57,6 +57,7 @@ class Spec:
     log_size: int = 1 << 30
     on_close: str = "wait"
     dirty_expire: float = 5.0
+    full_timeout: float | None = None
     shape: Shape = field(default_factory=Shape)
     read_only: bool = False
     options: list[str] = field(default_factory=list)
@@ -189,6 +190,8 @@ class Mount:
             store, spec.log_size, max_write, kernel_dirty, journal=self.journal, log_fd=self._kept.get("log")
         )
         self.engine = Engine(self.cache, spec.dirty_expire)
+        if spec.full_timeout is not None:
+            self.engine.full_timeout = spec.full_timeout
         self.engine.keep = self._set_aside
         self.engine.on_defect = _die
         outer = self

@@ -314,7 +314,7 @@ class CachedFileSystem(StoreFileSystem):
         if not request.blocking and self.cache.at_scratch:
             request.again = True
             parked = request.park(None if from_kernel_cache else lambda: request.fail(errno.EINTR))
-            self.cache.overflow(request.fail)
+            self.cache.overflow(request.fail, from_kernel_cache)
             return parked
         at_tail = not request.blocking
         f = self._file(request, request.nodeid)

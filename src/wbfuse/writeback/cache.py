@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import threading
 import time
@@ -167,8 +168,8 @@ class WritebackCache:
         self.at_scratch = False
         """The reader's own: its last receive target was the scratch buffer."""
         self._scratch = memoryview(bytearray(b"\xff" * max_write))  # resident, as every receive target
-        self.overflowed: list[Callable[[int], None]] = []
-        """WRITEs of which nothing but the request was kept."""
+        self.overflowed: list[tuple[float, Callable[[int], None]]] = []
+        """WRITEs of which nothing but the request was kept, each with when it came (infinity: never to be refused)."""
         self.closing = False
         """Nobody waits for room any more: the mount ends though its store does not answer."""
         self.epoch = 0
@@ -197,10 +198,13 @@ class WritebackCache:
                     self._wait_for_room(self.log.advance)
         return self.log.tail
 
-    def overflow(self, fail: Callable[[int], None]) -> None:
-        """A WRITE came with no room for it: the engine asks for it again when there is. `fail` ends it otherwise."""
+    def overflow(self, fail: Callable[[int], None], promised: bool) -> None:
+        """A WRITE came with no room for it: the engine asks for it again when there is. `fail` ends it otherwise.
+
+        `promised`: write(2) has acknowledged its bytes, so it is never refused.
+        """
         with self.lock:
-            self.overflowed.append(fail)
+            self.overflowed.append((math.inf if promised else self.clock(), fail))
             self.paced.notify()
 
     def _wait_for_room(self, act: Callable[[], None]) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import errno
 import logging
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -65,6 +66,8 @@ class Engine:
         """Called, from a committer, with (ino, size, pieces of each generation) of a file that was fenced."""
         self.on_defect: Callable[[], None] | None = None
         """Called, from a committer, when it cannot go on: without it write-back would stop unseen."""
+        self.full_timeout = math.inf
+        """Seconds after which a direct WRITE that finds no room in the log is refused with ENOSPC."""
         self._told = 0.0
         self._watchers = 0
         """Committers that sleep with a time to wake."""
@@ -530,12 +533,12 @@ class Engine:
                     break
                 resend, failed = self._overflow()
                 if not resend and not failed and not cache.parked:
-                    cache.paced.wait()
+                    self._wait_paced(math.inf)
                     continue
             if resend and self.on_room is not None:
                 self.on_room()
-            for fail in failed:
-                fail(errno.EIO)
+            for answer in failed:
+                answer()
             with cache.lock:
                 if not cache.parked:
                     continue
@@ -546,7 +549,7 @@ class Engine:
                     if cache.clean():
                         continue
                 if at is None or at > now:
-                    cache.paced.wait(None if at is None else at - now)
+                    self._wait_paced(math.inf if at is None else at - now)
                     continue
                 _, size, answer = cache.parked.popleft()
                 limits.sent(now, size)
@@ -554,14 +557,26 @@ class Engine:
         for _, _, answer in list(cache.parked):
             answer()
 
-    def _overflow(self) -> tuple[bool, list[Callable[[int], None]]]:
-        """Held: lock. Whether to ask for overflowed WRITEs again now, and those to fail because the mount ends."""
+    def _wait_paced(self, seconds: float) -> None:
+        """Held: lock. Until somebody notifies, so long has passed, or an overflowed WRITE is to be refused."""
+        cache = self.cache
+        first = min((since for since, _ in cache.overflowed), default=math.inf)
+        left = min(seconds, first + self.full_timeout - cache.clock())
+        cache.paced.wait(None if left == math.inf else max(left, 0.0))
+
+    def _overflow(self) -> tuple[bool, list[Callable[[], None]]]:
+        """Held: lock. Whether to ask for overflowed WRITEs again now, and refusals: the mount ends, or it took long."""
         cache = self.cache
         if not cache.overflowed:
             return False, []
         if cache.closing:
             failed, cache.overflowed = cache.overflowed, []
-            return False, failed
+            return False, [_call(fail, errno.EIO) for _, fail in failed]
+        until = cache.clock() - self.full_timeout
+        late = [fail for since, fail in cache.overflowed if since <= until]
+        if late:
+            cache.overflowed = [(since, fail) for since, fail in cache.overflowed if since > until]
+            return False, [_call(fail, errno.ENOSPC) for fail in late]
         # All come again at once, so ask only when a good part of them will find room.
         if cache.log.free_segments < max(1, len(cache.log.segments) // 8):
             cache.work.notify()
