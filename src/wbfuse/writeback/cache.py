@@ -320,8 +320,11 @@ class WritebackCache:
                 f = self._adopt(ino, attr)
             f.marked = True
             f.error, f.error_sequence = _ERROR.unpack(self._errors.pop(ino, _ERROR.pack(0, 0)))
-            for segment, record in records:
+            for (segment, record), following in zip(records, [*records[1:], None], strict=True):
                 self._replay(f, segment, record)
+                if following is not None and following[1].sequence == record.sequence:
+                    # What the cleaner moved has the number of another: one floor must stand above both.
+                    f.core.generations[-1].sealed = False
             if attr is not None:
                 self._dirtied(f)
             return f
