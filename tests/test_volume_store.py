@@ -22,7 +22,7 @@ from wbfuse.store.volume.compact import thin_inodes
 from wbfuse.store.volume.database import Database
 from wbfuse.store.volume.layout import FRAME
 from wbfuse.store.volume.objects import MARK
-from wbfuse.store.volume.schema import dentries, extents, inodes, packs, settings
+from wbfuse.store.volume.schema import dentries, extents, inodes, layers, packs, settings
 from wbfuse.testing.store import ME, StoreContract, fails_with, put, read_all
 
 
@@ -283,3 +283,31 @@ def test_a_pack_that_is_mostly_dead_is_emptied_and_collected(volume_store: Volum
     assert shared not in objects_of(store)
     assert read_all(store, made[9], FRAME) == data[made[9]]
     assert store.database.query(lambda c: thin_inodes(c, 10)) == []
+
+
+def test_a_file_that_was_cloned_often_stands_on_few_layers_again(volume_store: VolumeStore) -> None:
+    store = volume_store
+    ino, _ = store.create(ROOT_INO, b"a", 0o644, ME)
+    model = bytearray(os.urandom(200_000))
+    put(store, ino, bytes(model))
+    clones = []
+    for n in range(12):
+        clones.append((store.clone(ino, ROOT_INO, b"clone%d" % n), bytes(model)))
+        at = n * 15_000
+        model[at : at + 5000] = os.urandom(5000)
+        store.write(ino, at, bytes(model[at : at + 5000]))
+    store.fallocate(ino, 3, 100_000, 50_000)
+    model[100_000:150_000] = bytes(50_000)
+    of = select(layers.c.depth).join(inodes, inodes.c.layer == layers.c.layer).where(inodes.c.ino == ino)
+    assert store.database.query(lambda c: c.execute(of).scalar_one()) == 12
+    moved = store.compactor.bytes
+    before = objects_of(store)
+    store.compactor.compact(ino)
+    assert store.database.query(lambda c: c.execute(of).scalar_one()) == 0
+    assert before <= objects_of(store)
+    assert store.compactor.bytes - moved <= 200_000
+    assert read_all(store, ino, 200_000) == model
+    for clone, content in clones:
+        store.find(b"clone%d" % clones.index((clone, content)))
+        assert read_all(store, clone, 200_000) == content
+    assert list(check(store.database, store.objects, "none", True, lambda *_: None)) == []

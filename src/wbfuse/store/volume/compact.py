@@ -1,4 +1,4 @@
-"""Compaction: the map of a quiet file is brought back to few rows, and packs that are mostly dead are emptied.
+"""Compaction: the map of a quiet file is brought back to few rows on few layers, mostly dead packs are emptied.
 
 A window of a file whose map has many rows is read and written again as one extent, in a transaction that sees that
 nobody has changed the window meanwhile; else it is left for another time. Only the file's own layer is rewritten: what
@@ -21,14 +21,16 @@ from sqlalchemy import Connection, func, select
 from wbfuse.store.contract import Piece, Round
 from wbfuse.store.volume.layout import HOLE, Extent, without_gaps
 from wbfuse.store.volume.maps import WINDOW
-from wbfuse.store.volume.rows import rows_in
-from wbfuse.store.volume.schema import LIVE, extents, inodes, packs
+from wbfuse.store.volume.rows import layer_row, rows_in
+from wbfuse.store.volume.schema import LIVE, extents, inodes, layers, packs
 
 log = logging.getLogger(__name__)
 
 _QUIET = 10.0
 _SPARSE = 4
 """A pack is emptied where less than one part in so many of it is live."""
+_DEEP = 8
+"""A file that stands on more layers gets the rows that it shows of them."""
 _TIDY_SECONDS, _THIN_AT_ONCE = 60.0, 64
 """How often packs that are mostly dead are looked for, and in how many files at a time."""
 
@@ -56,6 +58,12 @@ def thin_inodes(c: Connection, limit: int) -> list[int]:
     """Files that have bytes of their own in packs that are mostly dead."""
     found = select(inodes.c.ino).join(extents, extents.c.layer == inodes.c.layer).where(extents.c.pack.in_(_THIN))
     return list(c.execute(found.distinct().limit(limit)).scalars())
+
+
+def deep_inodes(c: Connection, limit: int) -> list[int]:
+    """Files that stand on many layers, the deepest first: each read of one asks all of them."""
+    found = select(inodes.c.ino).join(layers, layers.c.layer == inodes.c.layer).where(layers.c.depth > _DEEP)
+    return list(c.execute(found.order_by(layers.c.depth.desc()).limit(limit)).scalars())
 
 
 class Compactor:
@@ -100,7 +108,7 @@ class Compactor:
             due = self._due()
             if self._clock() >= tidy_at:
                 tidy_at = self._clock() + _TIDY_SECONDS
-                due += self._thin()
+                due += self._untidy()
             for ino in due:
                 try:
                     self.compact(ino)
@@ -110,9 +118,11 @@ class Compactor:
                 except Exception:
                     log.exception("compaction of node %d", ino)
 
-    def _thin(self) -> list[int]:
+    def _untidy(self) -> list[int]:
+        """Files with bytes in packs that are mostly dead, or on many layers."""
+        query = self._store.database.query
         try:
-            found: list[int] = self._store.database.query(lambda c: thin_inodes(c, _THIN_AT_ONCE))
+            found: list[int] = query(lambda c: thin_inodes(c, _THIN_AT_ONCE) + deep_inodes(c, _THIN_AT_ONCE))
             return found
         except OSError as e:
             log.warning("compaction: %s", e)
@@ -135,6 +145,8 @@ class Compactor:
         )
         if not layer:
             return 0
+        if database.query(lambda c: layer_row(c, layer)).depth > _DEEP:
+            self._store.flatten(ino, layer, self._ended.is_set)
         most = max(1, WINDOW // self._store.pack_size)
         done = 0
         thin = set(database.query(lambda c: thin_windows(c, layer)))

@@ -13,16 +13,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, func, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
 from wbfuse.store.contract import Buffer, FencedError, Piece, Progress, Round
 from wbfuse.store.volume.clone import share
 from wbfuse.store.volume.compact import Compactor
-from wbfuse.store.volume.layout import Extent, overlay
+from wbfuse.store.volume.layout import HOLE, Extent, overlay
 from wbfuse.store.volume.maps import WINDOW
 from wbfuse.store.volume.names import fail, path_of
 from wbfuse.store.volume.packer import whole
 from wbfuse.store.volume.reading import VolumeReads
+from wbfuse.store.volume.reaper import leave_layers
 from wbfuse.store.volume.rows import (
     MAX_SIZE,
     PacksGoneError,
@@ -240,6 +241,42 @@ class VolumeData(VolumeReads):
         if done:
             self.maps.changed(round_.ino, [(start, end)])
         return done
+
+    def flatten(self, ino: int, layer: int, stop: Callable[[], bool]) -> bool:
+        """Copy the rows that a file shows of the layers below into its own, which then stands on none. No byte moves.
+
+        A window is a transaction. Whether it came to the end; else what was copied does no harm.
+        """
+        base = self.database.query(lambda c: layer_row(c, layer))
+
+        def mine(c: Connection) -> bool:
+            self._may_write(c, [ino])
+            row = self._lock(c, [ino]).get(ino)
+            return row is not None and row.layer == layer and layer_row(c, layer).base == base.base
+
+        def window(c: Connection, start: int, end: int) -> bool:
+            if not mine(c):
+                return False
+            changes = whole(Round(ino, None, [Piece(start, end - start, None)]), resolve(c, layer, start, end))
+            live: dict[int, int] = {}
+            lay(c, layer, changes, live, self.database.sqlite)
+            use_packs(c, live, {})
+            return True
+
+        def leave(c: Connection) -> list[int]:
+            if not mine(c):
+                return []
+            c.execute(delete(extents).where(extents.c.layer == layer, extents.c.pack == HOLE))
+            c.execute(update(layers).where(layers.c.layer == layer).values(base=0, base_size=0, depth=0))
+            return leave_layers(c, [base.base])
+
+        for at in range(0, base.base_size, WINDOW):
+            end = min(at + WINDOW, base.base_size)
+            if stop() or not self.database.transact(lambda c, at=at, end=end: window(c, at, end)):  # type: ignore[misc]
+                return False
+        self.reaper.put_layers(self.database.transact(leave, durable=True))
+        self.maps.changed(ino, None)
+        return True
 
     # durability
 
