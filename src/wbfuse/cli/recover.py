@@ -8,6 +8,7 @@ import time
 import click
 
 from wbfuse.cli.units import show_size
+from wbfuse.writeback.log import LogError
 from wbfuse.writeback.quarantine import Kept, default_directory, discard, entries, write_out
 from wbfuse.writeback.quarantine import export as export_entry
 from wbfuse.writeback.salvage import dirty_files
@@ -34,7 +35,7 @@ def _of_a_log(images: tuple[str, str], directory: str | None) -> None:
                 click.echo(f"    exported to {target}: " + ", ".join(f"{a} to {b}" for a, b in ranges))
     except OSError as e:
         raise click.ClickException(f"{e.filename or directory}: {e.strerror}") from e
-    except ValueError as e:
+    except LogError as e:
         raise click.ClickException(str(e)) from e
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from wbfuse.cli.units import show_size
-from wbfuse.control.client import ask, place_of
+from wbfuse.control.client import EndedError, ask, persist, place_of
 from wbfuse.control.paths import ControlError, find_socket
 from wbfuse.session.mount import MountError, find_mount, unmount
 
@@ -87,7 +87,7 @@ def umount(mountpoint: str, lazy: bool) -> None:
         try:
             if socket is None:
                 raise ControlError("the mount's server is not running")
-            follow(f"unmounting {path}", _until_gone(ask(socket, "umount", lazy=lazy)))
+            follow(f"unmounting {path}", _until_gone(persist(socket, "umount", lazy=lazy)))
         except ControlError as e:
             if "not running" not in str(e):
                 raise click.ClickException(_busy_hint(path, str(e))) from e
@@ -126,8 +126,9 @@ def restart(mountpoint: str) -> None:
     if socket is None:
         raise click.UsageError(f"{path}: no wbfuse mount is served here")
     try:
-        for _ in _until_gone(ask(socket, "restart")):
-            pass
+        with contextlib.suppress(EndedError):  # that is how it goes
+            for _ in _until_gone(ask(socket, "restart")):
+                pass
         pid = next(ask(socket, "status"))["status"]["worker"]["pid"]  # waits for the next one
     except ControlError as e:
         raise click.ClickException(f"{path}: {e}") from e
@@ -148,7 +149,7 @@ def sync(paths: tuple[str, ...]) -> None:
             socket = find_socket(place) if find_mount(place) is not None else None
             if socket is not None:
                 syncfs(place)
-                follow(f"syncing {place}", ask(socket, "sync"))
+                follow(f"syncing {place}", persist(socket, "sync"))
                 continue
             if not _on_wbfuse(place):
                 raise ControlError("not on a mount of wbfuse")

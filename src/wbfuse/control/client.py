@@ -10,6 +10,14 @@ from typing import Any
 
 from wbfuse.control.paths import ControlError
 
+_PATIENCE = 10
+"""Workers that may die over one command."""
+
+
+class EndedError(ControlError):
+    def __init__(self) -> None:
+        super().__init__("the mount's server ended while it answered")
+
 
 def ask(path: str, command: str, **arguments: Any) -> Iterator[dict[str, Any]]:
     """Send a command to the mount behind the socket `path`; yields its answers until it closes.
@@ -26,14 +34,29 @@ def ask(path: str, command: str, **arguments: Any) -> Iterator[dict[str, Any]]:
         with connection.makefile("rwb") as stream:
             stream.write(json.dumps({"command": command, **arguments}).encode() + b"\n")
             stream.flush()
+            done = False
             try:
                 for line in stream:
                     answer = json.loads(line)
                     if "error" in answer:
                         raise ControlError(answer["error"])
+                    done = bool(answer.get("done"))
                     yield answer
             except ConnectionResetError as e:
-                raise ControlError("the mount's server ended while it answered") from e
+                raise EndedError from e
+            if not done:
+                raise EndedError
+
+
+def persist(path: str, command: str, **arguments: Any) -> Iterator[dict[str, Any]]:
+    """`ask`, for a command that may be given twice: again where the worker died over it and another follows."""
+    for last in (*[False] * _PATIENCE, True):
+        try:
+            yield from ask(path, command, **arguments)
+            return
+        except EndedError:
+            if last:
+                raise
 
 
 def place_of(path: str) -> str:

@@ -1,13 +1,13 @@
 """The keeper: holds what a mount must not lose with its worker, and starts the next worker when one dies.
 
     keeper --spec, kept descriptors--> worker
-    worker --keep NAME + descriptor, ready, failed--> keeper
+    worker --keep NAME + descriptor, ready, failed, over--> keeper
 
 It knows nothing of file systems: descriptors by name (the connection, the log, the journal, the control socket) are
 handed to each worker as they were given by the first. While no worker lives the kernel holds all requests, so
 applications notice a pause and no error.
 
-    starting --ready--> serving --end of worker--> [exit 0 or LOST] over
+    starting --ready--> serving --end of worker--> [it said "over"] over
         | failed: over            | any other end: starting again, after a pause; too often: over
 """
 
@@ -32,7 +32,7 @@ from wbfuse.writeback import quarantine
 log = logging.getLogger(__name__)
 
 LOST = 1
-"""Exit status of a worker that was told to end and gave up bytes."""
+"""Exit status of a mount that was told to end and gave up bytes."""
 FAILED = 2
 RESTART, NOT_YET = 75, 76
 """Exit status of a worker that asks for a new one: at once; in a while, because the store is not there."""
@@ -41,6 +41,8 @@ _LOOK_AGAIN = 1.0
 WITHIN = 60.0
 """Seconds in which deaths are counted."""
 WORKER: tuple[str, ...] = ("-m", "wbfuse.control.worker")
+STOP = b"stop"
+"""What a worker is told for each signal to the keeper."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PAUSES = (0.0, 0.0, 0.1, 0.2, 0.5, 1.0)
 """Seconds before the next worker starts, by deaths in the last minute."""
@@ -59,11 +61,14 @@ class Keeper:
         self._report = report
         self._kept: dict[str, int] = {}
         self._worker: subprocess.Popen[bytes] | None = None
+        self._channel: socket.socket | None = None
         self._served = False
         self._listening = False
-        """The worker of this life knows what to do with signals."""
-        self._signals: list[int] = []
-        """All that came: a worker that follows is told as well."""
+        """The worker of this life can be told to stop."""
+        self._over: int | None = None
+        """What the worker said that its exit status will be, when the mount had ended."""
+        self._stops = 0
+        """Signals that came: a worker that follows is told as well."""
 
     def run(self) -> int:
         """Serve until the mount has ended. Answers the exit status of the last worker, or GIVEN_UP."""
@@ -71,16 +76,28 @@ class Keeper:
             signal.signal(number, self._forward)
         deaths: deque[float] = deque(maxlen=self._most_deaths)
         while True:
-            status = self._one_life(len(deaths))
-            if status in (0, LOST) or not self._served:
+            try:
+                status = self._one_life(len(deaths))
+            except OSError as e:  # no memory, no descriptor, no interpreter: there may be some in a moment
+                log.error("no worker can be started: %s", e)
+                status = GIVEN_UP
+            if self._over is not None:
+                return self._over
+            if not self._served:
+                if "fuse" in self._kept:
+                    self._unmount()
                 return status
+            if self._stops > 1 and not self._listening:
+                self._give_up("told to end before a worker could serve it again")
+                return GIVEN_UP
+            self._listening = False
             if status in (RESTART, NOT_YET):
                 time.sleep(_LOOK_AGAIN if status == NOT_YET else 0)
                 continue
             now = time.monotonic()
             deaths.append(now)
             if len(deaths) == self._most_deaths and now - deaths[0] < WITHIN:
-                self._give_up(len(deaths))
+                self._give_up(f"its worker died {len(deaths)} times within a minute")
                 return GIVEN_UP
             while deaths and now - deaths[0] > WITHIN:
                 deaths.popleft()
@@ -97,22 +114,23 @@ class Keeper:
                 self._worker = subprocess.Popen(
                     command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, process_group=0
                 )
+            self._channel = ours
             names = list(self._kept)
             first = json.dumps({"spec": self._spec, "kept": names, "deaths": deaths}).encode()
             with contextlib.suppress(OSError):  # it is dead already: its status will tell
                 socket.send_fds(ours, [first], [self._kept[n] for n in names])
             said = self._listen(ours)
-            self._listening = False
+            self._channel = None
             status = self._worker.wait()
             self._worker = None
         if not self._served:
             self._report(said or f"the server died at its start ({_why(status)})")
         return status
 
-    def _give_up(self, deaths: int) -> None:
+    def _give_up(self, why: str) -> None:
         """End the mount; what the log has is set aside first."""
-        source, mountpoint = self._spec["name"], self._spec["mountpoint"]
-        log.error("%s: the worker died %d times within a minute; giving up", mountpoint, deaths)
+        source = self._spec["name"]
+        log.error("%s: %s; giving up", self._spec["mountpoint"], why)
         try:
             images: dict[str, int] = {name: fd for name, fd in self._kept.items() if name in ("log", "journal")}
             if "log" in images:
@@ -120,8 +138,11 @@ class Keeper:
                 log.error("what was not written is kept; see: wbfuse recover %s", name)
         except OSError:
             log.exception("what was not written could not be set aside, and is lost")
+        self._unmount()
+
+    def _unmount(self) -> None:
         try:
-            unmount(mountpoint, lazy=True)
+            unmount(self._spec["mountpoint"], lazy=True)
         except MountError as e:
             log.warning("%s", e)
 
@@ -142,29 +163,40 @@ class Keeper:
                 self._ready()
             elif "failed" in said:
                 failed = said["failed"]
+            elif "over" in said:
+                self._over = said["over"]
 
     def _ready(self) -> None:
         first, self._served = not self._served, True
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         self._listening = True
-        for number in self._signals:
-            self._tell(number)
+        for _ in range(self._stops):
+            self._tell()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if first:
             self._report(None)
 
-    def _forward(self, number: int, _frame: object) -> None:
-        self._signals.append(number)
-        if self._listening or not self._served:  # before the mount is there it simply ends
-            self._tell(number)
+    def _forward(self, _number: int, _frame: object) -> None:
+        """Workers ignore signals, which may go to all processes of a service at once: they are told, once for each."""
+        self._stops += 1
+        if self._listening:
+            self._tell()
+        elif self._worker is not None and (not self._served or self._stops > 1):
+            self._worker.kill()  # it cannot hear, or nothing is mounted yet
 
-    def _tell(self, number: int) -> None:
-        if self._worker is not None:
-            self._worker.send_signal(number)
+    def _tell(self) -> None:
+        if self._channel is not None:
+            with contextlib.suppress(OSError):  # it has just died: the next one is told
+                self._channel.send(STOP)
 
 
 def _why(status: int) -> str:
-    return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit {status}"
+    if status >= 0:
+        return f"exit {status}"
+    try:
+        return f"signal {signal.Signals(-status).name}"
+    except ValueError:
+        return f"signal {-status}"
 
 
 def fds_of(channel: socket.socket) -> tuple[dict[str, Any], dict[str, int]]:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from wbfuse.control import paths
 from wbfuse.control.keeper import GIVEN_UP, RESTART
@@ -94,13 +94,13 @@ def kernel_dirty_share() -> int:
     return int(values["nr_dirty_threshold"]) * PAGE // 100
 
 
-def open_store(spec: Spec, journal: Journal) -> Store:
-    """The store that `spec.source` names."""
+def open_store(spec: Spec, journal: Journal, kept: dict[str, int]) -> Store:
+    """The store that `spec.source` names; `kept` as in Mount."""
     if spec.is_volume:
         from wbfuse.store.volume import Tuning, VolumeStore  # SQL and object stores take their time to import
 
         return VolumeStore(spec.source, Tuning(**spec.tuning), log.warning, journal, os.getppid())
-    return DirectoryStore(spec.source, spec.read_only, journal)
+    return DirectoryStore(spec.source, spec.read_only, journal, kept.get("source"))
 
 
 def _die() -> None:
@@ -126,12 +126,14 @@ class Mount:
         self._written_at_stop = 0
         self.lost = 0
         """Bytes that were given up at the end."""
+        self.alone = threading.Event()
+        """The keeper is gone."""
         self._aside: list[str] = []
         """Quarantine entries of which no sync has told yet."""
         self._kept = kept
         self.journal = Journal(kept.get("journal"))
         agreed = self.journal.inherited(Kind.AGREEMENT).get(0)
-        self._store: Any = open_store(spec, self.journal)
+        self._store: Any = open_store(spec, self.journal, kept)
         store, self._meter = shaped(self._store, spec.shape)
         self.cache: WritebackCache | None = None
         self.engine: Engine | None = None
@@ -147,7 +149,8 @@ class Mount:
                     self.fs, spec.mountpoint, Options(fsname=spec.name, options=options, debug=self._debug)
                 )
         except BaseException:
-            store.close()
+            if not kept:  # else the next worker goes on with it, and with its session
+                store.close()
             raise
         self.session.on_defect = _die
         try:
@@ -173,6 +176,8 @@ class Mount:
             keep("control", self._control.fd)
             if self.cache is not None:
                 keep("log", self.cache.log.fd)
+            if not spec.is_volume:
+                keep("source", cast(Any, self._store).root_fd)
 
     @property
     def _debug(self) -> Callable[[str], None] | None:
@@ -346,7 +351,7 @@ class Mount:
             "read_only": spec.read_only,
             "shared": bool(spec.tuning.get("shared")),
             "started": self.started,
-            "keeper": {"pid": os.getppid()},
+            "keeper": {"pid": 0 if self.alone.is_set() else os.getppid()},
             "worker": {"pid": os.getpid(), "deaths": self.deaths},
             "dirty_bytes": 0,
             "writeback_bytes": 0,
@@ -409,6 +414,8 @@ class Mount:
 
     def _do_restart(self, _request: Message) -> Iterator[Message]:
         """End this process between two requests; the keeper starts the next. Meanwhile requests wait in the kernel."""
+        if self.alone.is_set():
+            raise OSError(errno.ECHILD, "the keeper is gone, so nobody would follow; unmount instead")
         yield {"pid": os.getpid()}
         self.session.quiet(_QUIET_SECONDS)
         log.info("asked for a new worker")
@@ -416,7 +423,7 @@ class Mount:
         os._exit(RESTART)
 
     def _do_umount(self, request: Message) -> Iterator[Message]:
-        yield {"pid": os.getppid()}
+        yield {"pid": os.getpid() if self.alone.is_set() else os.getppid()}
         for left in self._barrier():
             yield {"left": left}
         unmount(self.path, bool(request.get("lazy")))

@@ -5,6 +5,7 @@ python -m wbfuse.control.worker FD        FD: the channel to the keeper
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -40,30 +41,35 @@ def run(channel: socket.socket) -> int:
             return keeper.NOT_YET
         channel.send(json.dumps({"failed": str(e)}).encode())
         return keeper.FAILED
-    told = threading.Event()
     ending: list[threading.Thread] = []
 
-    def on_signal(_number: int, _frame: object) -> None:
-        if told.is_set():
-            served.hurry()
-            return
-        told.set()
-        thread = threading.Thread(target=served.stop, name="stop", daemon=True)
-        ending.append(thread)
-        thread.start()
+    def listen() -> None:
+        """Do what the keeper says, until it is gone."""
+        while channel.recv(64) == keeper.STOP:
+            if ending:
+                served.hurry()
+                continue
+            ending.append(threading.Thread(target=served.stop, name="stop", daemon=True))
+            ending[0].start()
+        served.alone.set()
+        log.error("the keeper is gone: nobody follows if this process dies")
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, on_signal)
     channel.send(json.dumps({"ready": True}).encode())
+    threading.Thread(target=listen, name="keeper", daemon=True).start()
     served.wait()
     for thread in ending:
         thread.join()
-    return keeper.LOST if served.lost else 0
+    code = keeper.LOST if served.lost else 0
+    with contextlib.suppress(OSError):  # the keeper is gone
+        channel.send(json.dumps({"over": code}).encode())
+    return code
 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     code = keeper.GIVEN_UP
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the keeper hears them
     try:
         with socket.socket(fileno=int(sys.argv[-1])) as channel:
             channel.set_inheritable(False)

@@ -96,6 +96,8 @@ class CachedFileSystem(StoreFileSystem):
 
     def _take_over(self, handle: Handle) -> None:
         self._attach(handle)
+        if handle.file is not None and handle.file.error:
+            handle.errors_seen = handle.file.error_sequence - 1  # it may have been told; twice is better than never
 
     def _ask_again(self) -> None:
         self.notify(replies.notify_resend())

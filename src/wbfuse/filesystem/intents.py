@@ -30,6 +30,7 @@ class Intents:
         self._journal = journal
         self._inherited = journal.inherited(Kind.INTENT)
         self._ended: deque[int] = deque(self._inherited)
+        self._most = _ANSWERED + len(self._inherited)
         self._lock = threading.Lock()
         """Guards `_ended`, for an instant."""
 
@@ -63,6 +64,6 @@ class Intents:
     def _end(self, key: int) -> None:
         with self._lock:
             self._ended.append(key)
-            old = self._ended.popleft() if len(self._ended) > _ANSWERED else None
+            old = self._ended.popleft() if len(self._ended) > self._most else None
         if old is not None:
             self._journal.remove(Kind.INTENT, old)

@@ -127,27 +127,32 @@ class StoreFileSystem(FileSystem):
     def forget(self, request: Request, nlookup: int) -> None:
         self.store.forget(request.nodeid, nlookup)
 
-    def _make(self, request: Request, name: bytes, act: Callable[[], Found]) -> Found:
+    def _make(self, request: Request, name: bytes, act: Callable[[], Found], mode: int | None = None) -> Found:
         """Give something new a name, once."""
 
         def made(when: int) -> tuple[Found] | None:
-            found = self.store.lookup(request.nodeid, name)
-            if found[1].ctime_ns >= when:
-                return (found,)
-            self.store.forget(found[0])
-            return None
+            ino, attr = self.store.lookup(request.nodeid, name)
+            if attr.ctime_ns < when:
+                self.store.forget(ino)
+                return None
+            if attr.uid != request.uid:  # it was made, and not given away any more
+                group = request.gid if attr.gid == os.getegid() else None
+                attr = self.store.setattr(ino, Change(uid=request.uid, gid=group, mode=mode))
+            return ((ino, attr),)
 
         return self._intents.once(request, act, made)
 
     def mknod(self, request: Request, name: bytes, mode: int, rdev: int, umask: int) -> Entry:
         store, owner = self.store, self._owner(request)
         if stat.S_ISREG(mode):
-            return self._entry(self._make(request, name, lambda: store.create(request.nodeid, name, mode, owner)))
-        return self._entry(self._make(request, name, lambda: store.mknod(request.nodeid, name, mode, rdev, owner)))
+            return self._entry(self._make(request, name, lambda: store.create(request.nodeid, name, mode, owner), mode))
+        return self._entry(
+            self._make(request, name, lambda: store.mknod(request.nodeid, name, mode, rdev, owner), mode)
+        )
 
     def mkdir(self, request: Request, name: bytes, mode: int, umask: int) -> Entry:
         owner = self._owner(request)
-        return self._entry(self._make(request, name, lambda: self.store.mkdir(request.nodeid, name, mode, owner)))
+        return self._entry(self._make(request, name, lambda: self.store.mkdir(request.nodeid, name, mode, owner), mode))
 
     def symlink(self, request: Request, name: bytes, target: bytes) -> Entry:
         owner = self._owner(request)
@@ -342,7 +347,7 @@ class StoreFileSystem(FileSystem):
     def create(self, request: Request, name: bytes, flags: int, mode: int, umask: int) -> tuple[Entry, Opened]:
         owner = self._owner(request)
         try:
-            found = self._make(request, name, lambda: self.store.create(request.nodeid, name, mode, owner))
+            found = self._make(request, name, lambda: self.store.create(request.nodeid, name, mode, owner), mode)
         except FileExistsError:
             if flags & os.O_EXCL:
                 raise

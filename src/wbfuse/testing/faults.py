@@ -71,10 +71,10 @@ def main() -> None:
         command.mount.main(prog_name="faults")
         return
     script = sys.argv[2]
-    build: Callable[[control.Spec, Journal], Store] = control.open_store
+    build: Callable[[control.Spec, Journal, dict[str, int]], Store] = control.open_store
 
-    def faulty(spec: control.Spec, journal: Journal) -> Store:
-        return cast(Store, FaultyStore(build(spec, journal), script))
+    def faulty(spec: control.Spec, journal: Journal, kept: dict[str, int]) -> Store:
+        return cast(Store, FaultyStore(build(spec, journal, kept), script))
 
     control.open_store = faulty
     worker.main()

@@ -133,6 +133,8 @@ class WritebackCache:
         self.journal = journal or Journal()
         self._errors: dict[int, bytes] = {}
         """What the journal says of errors of files that are being taken over."""
+        if log_fd is not None and (made := self.journal.inherited(Entry.LOG).get(0)):
+            log_size, max_write = GEOMETRY.unpack(made)  # as it is, whatever would be chosen now
         self.log = Log(log_size, max_write, log_fd)
         if log_fd is None:
             self.journal.put(Entry.LOG, 0, GEOMETRY.pack(log_size, max_write))

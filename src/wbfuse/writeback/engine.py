@@ -105,8 +105,8 @@ class Engine:
                     cache.store.drop(ino)
             except OSError as e:
                 log.warning("node %d: %d changes wait in the log: %s", ino, len(records), e.strerror)
-                if e.errno not in TRANSIENT:
-                    break
+                if e.errno in (errno.ESTALE, errno.ENOENT):
+                    break  # it is gone; anything else may pass
             with cache.lock:
                 cache.room.wait(_LOOK_AGAIN)
         f = cache.replay(ino, None, records)

@@ -12,7 +12,7 @@ from wbfuse.journal import Kind as Entry
 from wbfuse.store.contract import Piece
 from wbfuse.store.directory.nodes import unpack
 from wbfuse.wire.types import Attr
-from wbfuse.writeback.cache import GEOMETRY, File, WritebackCache
+from wbfuse.writeback.cache import File, WritebackCache
 from wbfuse.writeback.file import plan
 
 
@@ -39,16 +39,12 @@ class _NoStore:
 def dirty_files(log_path: str, journal_path: str) -> Iterator[Dirty]:
     """The dirty files in these images, which are not changed. Their pieces hold while one is looked at.
 
-    Raises ValueError where the images are none.
+    Raises LogError where the images are none.
     """
     journal = Journal(_in_memory(journal_path))
-    geometry = journal.inherited(Entry.LOG).get(0)
-    if geometry is None:
-        raise ValueError(f"{journal_path}: says nothing of a log")
-    size, max_write = GEOMETRY.unpack(geometry)
     nodes = {ino: unpack(ino, entry).places for ino, entry in journal.inherited(Entry.NODE).items()}
     store: Any = _NoStore()
-    cache = WritebackCache(store, size, max_write, 0, journal=journal, log_fd=_in_memory(log_path))
+    cache = WritebackCache(store, 0, 0, 0, journal=journal, log_fd=_in_memory(log_path))
     for ino, found in cache.inherited().items():
         f: File = cache.replay(ino, Attr(ino, 0), found)
         rounds = [plan(g.extents, 1 << 30, cache.log.view) for g in f.core.generations]

@@ -42,12 +42,15 @@ def _proc(fd: Fd) -> str:
 class DirectoryStore(DirectoryData, Store):
     """Serve `path`. Raises SourceError where that cannot be. One store at a time has a directory for writing.
 
-    `journal` keeps the node numbers for a server that comes after this one.
+    `journal` keeps the node numbers for a server that comes after this one; `root_fd` (owned from now on) is what such
+    a one got from the server before it: its descriptor of `path`, which is not looked up again, and with it its lock.
     """
 
-    def __init__(self, path: str, read_only: bool = False, journal: Journal | None = None) -> None:
+    def __init__(
+        self, path: str, read_only: bool = False, journal: Journal | None = None, root_fd: int | None = None
+    ) -> None:
         try:
-            self._root = Fd(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            self._root = Fd(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) if root_fd is None else root_fd)
         except FileNotFoundError:
             raise SourceError(f"{path}: no such directory; make it with: mkdir -p {path}") from None
         except NotADirectoryError:
@@ -76,6 +79,10 @@ class DirectoryStore(DirectoryData, Store):
         self._max_file_size = (1 << 63) - 1 if read_only else syscalls.max_file_size(self._root.n)
         if not read_only:
             self._clear_orphans()
+
+    @property
+    def root_fd(self) -> int:
+        return self._root.n
 
     @property
     def capabilities(self) -> Capabilities:
@@ -301,7 +308,13 @@ class DirectoryStore(DirectoryData, Store):
             if own is not None and syscalls.statx(path.n)[0].nlink == 1:
                 # It gets a name again: the orphanage's link is moved there, unless the name is taken.
                 orphans = self._orphans()
-                syscalls.renameat2(orphans.n, own[1], at.n, name, RENAME_NOREPLACE)
+                self._found_at(node, (parent, name))  # first, see rename
+                try:
+                    syscalls.renameat2(orphans.n, own[1], at.n, name, RENAME_NOREPLACE)
+                except OSError:
+                    with self._table:
+                        self._nodes.lose(node, (parent, name))
+                    raise
                 with self._table:
                     self._nodes.lose(node, own)
             else:
