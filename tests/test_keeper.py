@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Mounted, Mounter, mounted_here, needs_mount, wbfuse
+from tests.conftest import WBFUSE, Mounted, Mounter, mounted_here, needs_mount, wbfuse
 from tests.test_promises import wait_until
 
 pytestmark = needs_mount
@@ -34,6 +34,10 @@ KINDS: dict[str, tuple[str, ...]] = {
 
 def worker(m: Mounted) -> int:
     return int(m.status()["worker"]["pid"])
+
+
+def keeper_of(m: Mounted) -> int:
+    return int(m.status()["keeper"]["pid"])
 
 
 def kill_worker(m: Mounted) -> None:
@@ -211,3 +215,50 @@ def test_signals_to_the_keeper_reach_a_worker_that_follows(mounter: Mounter) -> 
     os.kill(keeper, signal.SIGTERM)
     assert wait_until(lambda: not Path(f"/proc/{keeper}").exists())
     assert (m.source / "a").read_bytes() == b"all"
+
+
+def test_a_signal_to_keeper_and_worker_at_once_is_one(mounter: Mounter) -> None:
+    """As the end of a service or of the machine sends it."""
+    m = mounter("--on-close", "background", "--bwlimit", "8MB/s")
+    data = os.urandom(8 << 20)
+    (m.path / "a").write_bytes(data)
+    pids = [m.status()["keeper"]["pid"], worker(m)]
+    for pid in reversed(pids):
+        os.kill(pid, signal.SIGTERM)
+    assert wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+    assert (m.source / "a").read_bytes() == data
+
+
+def test_while_no_worker_lives_nobody_else_takes_the_source(mounter: Mounter, workdir: Path) -> None:
+    m = mounter()
+    (workdir / "other").mkdir()
+    os.kill(worker(m), signal.SIGKILL)
+    refused = wbfuse("mount", str(m.source), str(workdir / "other"))
+    assert refused.returncode == 2
+    assert "another wbfuse mount" in refused.stderr
+
+
+def test_sync_goes_on_where_the_worker_died_over_it(mounter: Mounter) -> None:
+    m = mounter("--on-close", "background", "--bwlimit", "8MB/s")
+    data = os.urandom(12 << 20)
+    (m.path / "a").write_bytes(data)
+    pid = worker(m)
+    syncing = subprocess.Popen([WBFUSE, "sync", str(m.path)])
+    assert wait_until(lambda: (m.source / "a").stat().st_size > 0)
+    os.kill(pid, signal.SIGKILL)
+    assert syncing.wait(60) == 0
+    assert (m.source / "a").read_bytes() == data
+
+
+def test_without_its_keeper_a_worker_goes_on_and_says_so(mounter: Mounter) -> None:
+    m = mounter("--on-close", "background")
+    keeper, pid = keeper_of(m), worker(m)
+    os.kill(keeper, signal.SIGKILL)
+    assert wait_until(lambda: m.status()["keeper"]["pid"] == 0)
+    refused = wbfuse("restart", str(m.path))
+    assert refused.returncode == 1
+    assert "keeper is gone" in refused.stderr
+    (m.path / "a").write_bytes(b"still served")
+    m.umount()
+    assert (m.source / "a").read_bytes() == b"still served"
+    assert wait_until(lambda: not Path(f"/proc/{pid}").exists())

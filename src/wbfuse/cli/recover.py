@@ -18,6 +18,8 @@ def _line(kept: Kept) -> str:
     m = kept.manifest
     size = sum(end - start for start, end in m["ranges"])
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(m["kept_at"]))
+    if kept.images is not None:
+        return f"{kept.name}  {when}  {m['path']}, {m['source']}"
     return f"{kept.name}  {when}  {show_size(size)} of {m['path'] or 'inode ' + str(m['ino'])} in {m['source']}"
 
 
