@@ -69,6 +69,7 @@ class Keeper:
         """What the worker said that its exit status will be, when the mount had ended."""
         self._stops = 0
         """Signals that came: a worker that follows is told as well."""
+        self._last = 0
 
     def run(self) -> int:
         """Serve until the mount has ended. Answers the exit status of the last worker, or GIVEN_UP."""
@@ -119,10 +120,15 @@ class Keeper:
             first = json.dumps({"spec": self._spec, "kept": names, "deaths": deaths}).encode()
             with contextlib.suppress(OSError):  # it is dead already: its status will tell
                 socket.send_fds(ours, [first], [self._kept[n] for n in names])
-            said = self._listen(ours)
-            self._channel = None
-            status = self._worker.wait()
-            self._worker = None
+            try:
+                said = self._listen(ours)
+            except OSError:
+                self._worker.kill()  # there must never be two
+                raise
+            finally:
+                self._channel = None
+                status = self._worker.wait()
+                self._worker = None
         if not self._served:
             self._report(said or f"the server died at its start ({_why(status)})")
         return status
@@ -131,13 +137,20 @@ class Keeper:
         """End the mount; what the log has is set aside first."""
         source = self._spec["name"]
         log.error("%s: %s; giving up", self._spec["mountpoint"], why)
-        try:
-            images: dict[str, int] = {name: fd for name, fd in self._kept.items() if name in ("log", "journal")}
-            if "log" in images:
+        images: dict[str, int] = {name: fd for name, fd in self._kept.items() if name in ("log", "journal")}
+        while "log" in images:
+            try:
                 name = quarantine.keep_log(quarantine.default_directory(), source, images)
+            except OSError as e:
+                log.error(
+                    "what was not written cannot be set aside: %s; make room and send SIGHUP, or SIGTERM to lose it", e
+                )
+                signal.pause()
+                if self._last != signal.SIGHUP:
+                    break
+            else:
                 log.error("what was not written is kept; see: wbfuse recover %s", name)
-        except OSError:
-            log.exception("what was not written could not be set aside, and is lost")
+                break
         self._unmount()
 
     def _unmount(self) -> None:
@@ -176,9 +189,10 @@ class Keeper:
         if first:
             self._report(None)
 
-    def _forward(self, _number: int, _frame: object) -> None:
+    def _forward(self, number: int, _frame: object) -> None:
         """Workers ignore signals, which may go to all processes of a service at once: they are told, once for each."""
         self._stops += 1
+        self._last = number
         if self._listening:
             self._tell()
         elif self._worker is not None and (not self._served or self._stops > 1):
