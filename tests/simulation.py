@@ -26,7 +26,8 @@ from unittest.mock import patch
 from wbfuse.journal import Journal
 from wbfuse.store.contract import Capabilities, Progress, Round
 from wbfuse.wire.types import Attr
-from wbfuse.writeback.cache import File, WritebackCache
+from wbfuse.writeback.cache import WritebackCache
+from wbfuse.writeback.cached_file import File
 from wbfuse.writeback.engine import Engine
 from wbfuse.writeback.extents import HOLE
 from wbfuse.writeback.file import STORE

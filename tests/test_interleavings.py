@@ -22,7 +22,8 @@ from wbfuse.store.contract import ROOT_INO, Change, FencedError, Store
 from wbfuse.store.directory import DirectoryStore
 from wbfuse.wire.constants import FATTR_MTIME
 from wbfuse.wire.requests import Setattr
-from wbfuse.writeback.cache import File, WritebackCache
+from wbfuse.writeback.cache import WritebackCache
+from wbfuse.writeback.cached_file import File
 from wbfuse.writeback.engine import Engine
 from wbfuse.writeback.file import Generation
 

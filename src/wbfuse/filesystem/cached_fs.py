@@ -46,7 +46,8 @@ from wbfuse.wire.constants import (
 )
 from wbfuse.wire.negotiate import Agreement
 from wbfuse.wire.types import Attr, Entry, Opened
-from wbfuse.writeback.cache import FULL, File, WritebackCache
+from wbfuse.writeback.cache import FULL, WritebackCache
+from wbfuse.writeback.cached_file import File
 from wbfuse.writeback.engine import Engine
 from wbfuse.writeback.extents import HOLE
 from wbfuse.writeback.file import STORE

@@ -17,7 +17,6 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from struct import Struct
 
@@ -25,8 +24,9 @@ from wbfuse.journal import Journal
 from wbfuse.journal import Kind as Entry
 from wbfuse.store.contract import FencedError, Store
 from wbfuse.wire.types import Attr
+from wbfuse.writeback.cached_file import Done, File, Waiter
 from wbfuse.writeback.extents import HOLE
-from wbfuse.writeback.file import STORE, FileCache, Generation
+from wbfuse.writeback.file import STORE, Generation
 from wbfuse.writeback.limits import Limits
 from wbfuse.writeback.log import Log, LogFull, Segment
 from wbfuse.writeback.records import ATIME, MTIME, Kind, Record
@@ -39,76 +39,6 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 GEOMETRY = Struct("<QQ")
 """Of the log: its size as asked for, and max_write."""
 _FLOOR, _ERROR = Struct("<Q"), Struct("<II")
-
-Done = Callable[[int], None]
-"""Called once with 0 or an errno."""
-
-
-@dataclass(slots=True)
-class Waiter:
-    """Somebody who waits until everything up to a generation is durable."""
-
-    generation: int
-    done: Done
-
-
-class File:
-    """What the cache holds of one file: the pure FileCache and what surrounds it."""
-
-    __slots__ = (
-        "attr", "attr_version", "bare", "copying", "core", "error", "error_sequence", "failures", "fenced", "ino",
-        "marked", "opens", "retry_at", "synced", "syncing", "unlinked", "version", "waiters",
-    )  # fmt: skip
-
-    def __init__(self, ino: int, attr: Attr, seal_bytes: int, seal_early: bool) -> None:
-        self.ino = ino
-        self.core = FileCache(ino, attr.size, attr.mtime_ns, seal_bytes, seal_early)
-        self.attr = attr
-        """As the store last said; size and times are the core's."""
-        self.attr_version = 0
-        """Counts settings of `attr`, so that an older answer of the store does not replace a newer one."""
-        self.bare = False
-        """Made by this mount, and no extended attribute was set since."""
-        self.marked = False
-        """The journal says that it is dirty."""
-        self.opens = 0
-        self.waiters: list[Waiter] = []
-        self.error = 0
-        self.error_sequence = 0
-        """errseq: counts errors; a handle that has seen a lower number has one to report."""
-        self.failures = 0
-        self.retry_at = 0.0
-        self.syncing = False
-        self.copying = False
-        """The store copies into it: no round may begin."""
-        self.version = 1
-        """Counts what the store was given. What it was given before this state began may not be durable: so 1."""
-        self.synced = 0
-        """The version that the store has made durable."""
-        self.unlinked = False
-        self.fenced = False
-        """Another host has it now: nothing more can be committed, and nothing more is taken."""
-
-    def shown(self) -> Attr:
-        """The attributes as stat must show them."""
-        a, core = self.attr, self.core
-        blocks = a.blocks + (core.dirty_bytes >> 9)
-        atime = a.atime_ns if core.atime_ns is None else core.atime_ns
-        # Not dataclasses.replace, which takes three times as long: this is for each GETATTR.
-        return Attr(
-            a.ino, a.mode, core.size, blocks, atime, core.mtime_ns, a.ctime_ns, a.nlink, a.uid, a.gid, a.rdev, a.blksize
-        )
-
-    def set_attr(self, attr: Attr) -> None:
-        """The store says so. Held: the cache's lock."""
-        if self.unlinked:
-            attr.nlink = 0
-        self.attr = attr
-        self.attr_version += 1
-
-    @property
-    def busy(self) -> bool:
-        return self.core.in_flight or self.syncing or self.copying
 
 
 class WritebackCache:

@@ -19,7 +19,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from wbfuse.store.contract import FencedError, Piece, Round
-from wbfuse.writeback.cache import File, WritebackCache
+from wbfuse.writeback.cache import WritebackCache
+from wbfuse.writeback.cached_file import File
 from wbfuse.writeback.file import Generation, plan
 from wbfuse.writeback.records import Record
 

@@ -12,7 +12,8 @@ from wbfuse.journal import Kind as Entry
 from wbfuse.store.contract import Piece
 from wbfuse.store.directory.nodes import unpack
 from wbfuse.wire.types import Attr
-from wbfuse.writeback.cache import File, WritebackCache
+from wbfuse.writeback.cache import WritebackCache
+from wbfuse.writeback.cached_file import File
 from wbfuse.writeback.file import plan
 
 
