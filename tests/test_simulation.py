@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
 
-from tests.simulation import simulate
+from tests.simulation import LOG, MAX_WRITE, Machine, simulate
+from wbfuse.journal import Journal
+from wbfuse.store.contract import FencedError
 from wbfuse.writeback.cache import WritebackCache
+from wbfuse.writeback.engine import Engine
 from wbfuse.writeback.log import Log
 
 SEEDS = int(os.environ.get("WBFUSE_SEEDS", "300"))
@@ -40,3 +44,39 @@ def test_the_simulation_finds_a_record_out_of_order(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Log, "stamp_moved", late)
     with pytest.raises(AssertionError, match="seed"):
         run(3000)
+
+
+@pytest.mark.parametrize(
+    "error", [FencedError("by another host"), OSError(errno.EBUSY, "leased"), OSError(errno.ESTALE, "")]
+)
+def test_what_was_taken_over_while_no_worker_lived_is_set_aside(
+    monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    """It must not be waited for: the mount would hang for ever."""
+    machine = Machine(1)
+    machine._change(machine._write(11))
+    wanted = machine.past[11].states[-1].data
+
+    def refuse(_ino: int) -> None:
+        raise error
+
+    monkeypatch.setattr(machine.store, "acquire", refuse)
+    journal = Journal(os.dup(machine.journal.fd))
+    cache = WritebackCache(
+        machine.store,
+        LOG,
+        MAX_WRITE,
+        0,
+        journal=journal,
+        log_fd=os.dup(machine.cache.log.fd),  # type: ignore[arg-type]
+    )
+    engine, kept = Engine(cache, 5.0, committers=0), []
+    engine.keep = lambda ino, size, rounds: kept.append((ino, size, sum(p.length for r in rounds for p in r)))
+    ((ino, records),) = cache.inherited().items()
+    engine.take_over(ino, records)
+    ((found, size, length),) = kept
+    assert (found, size) == (11, len(wanted))
+    assert 0 < length <= len(wanted)
+    assert not cache.files
+    cache.log.close()
+    machine.close()

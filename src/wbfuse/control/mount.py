@@ -203,7 +203,11 @@ class Mount:
 
         class Draining(CachedFileSystem):
             def destroy(self) -> None:
-                outer._drain()
+                try:
+                    outer._drain()
+                except Exception:  # a defect must not end the mount with dirty data: the next worker drains
+                    log.exception("draining failed")
+                    _die()
                 super().destroy()
 
         kernel_writeback = spec.kernel_cache == "writeback"

@@ -36,6 +36,8 @@ _PIECE_SECONDS = 0.1
 _PIECE_LEAST, _PIECE_FIRST = 256 << 10, 1 << 20
 _CLEAN_EVERY = 0.1
 _LOOK_AGAIN = 1.0
+_LOST = (errno.ESTALE, errno.ENOENT, errno.EBUSY)
+"""Of a file that was dirty when its server died: it is gone, or another host has taken it over."""
 _HEAVY, _HEAVY_ROUNDS, _HEAVY_STAGED = 1 << 20, 2, 4
 """What a heavy round is, and how many go at once: more where their bytes are staged ahead."""
 _COMPANY = 512
@@ -106,8 +108,8 @@ class Engine:
                     cache.store.drop(ino)
             except OSError as e:
                 log.warning("node %d: %d changes wait in the log: %s", ino, len(records), e.strerror)
-                if e.errno in (errno.ESTALE, errno.ENOENT):
-                    break  # it is gone; anything else may pass
+                if isinstance(e, FencedError) or e.errno in _LOST:
+                    break  # anything else may pass
             with cache.lock:
                 cache.room.wait(_LOOK_AGAIN)
         f = cache.replay(ino, None, records)
