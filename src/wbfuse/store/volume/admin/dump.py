@@ -11,7 +11,7 @@ import io
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from backports import zstd
@@ -90,7 +90,7 @@ def read_dump(source: BinaryIO) -> Iterator[Any]:
     """The header as a dict, then (table, row as a dict). Raises DumpError, also where the end is missing."""
     try:
         with zstd.ZstdFile(source, "rb") as packed:
-            lines: Iterable[bytes] = io.BufferedReader(packed, _CHUNK)
+            lines = io.BufferedReader(packed, _CHUNK)
             header: dict[str, Any] | None = None
             count = 0
             for line in lines:
@@ -101,6 +101,8 @@ def read_dump(source: BinaryIO) -> Iterator[Any]:
                 elif isinstance(value, dict):
                     if value.get("end") != count:
                         raise DumpError("rows are missing")
+                    if lines.read(1):  # and with that its checksum, which stands behind it, is seen
+                        raise DumpError("something follows its end")
                     return
                 else:
                     yield _row(value)
