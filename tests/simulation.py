@@ -138,7 +138,7 @@ def dying(steps: Steps) -> Iterator[None]:
     stamp, recycle, zero, append = Log._stamp, Log._recycle, Log._zero_records, Journal._append
 
     def torn_stamp(self: Any, s: Any, record: Any) -> None:
-        at = self._records_base + (s.index * self._slots + s.records) * SIZE
+        at = self.geometry.slot(s.index, s.records)
         before = bytes(self._view[at : at + SIZE])
         steps()
         try:

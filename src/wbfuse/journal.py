@@ -21,7 +21,7 @@ import os
 import threading
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from struct import Struct
 
@@ -90,6 +90,8 @@ class Journal:
         self._latest: dict[int, int] = {}
         """tag -> position << 16 | size of the record that counts."""
         self._live = 0
+        self.on_append: Callable[[bytes], None] | None = None
+        """Called with each record that is appended, with the lock held."""
         self._values: dict[int, bytes] = {}
         """What was there at the beginning and nobody has asked for yet."""
         self._load()
@@ -154,6 +156,17 @@ class Journal:
                 self._append(record)
                 self._carry(2 * (len(record) + self._count(tag, 0, 0)))
 
+    @property
+    def tail(self) -> int:
+        """The offset behind the last record."""
+        return self._base + self._at
+
+    def pass_up_to(self, offset: int) -> None:
+        """Append again what still counts of the records below `offset`. Raises OSError without memory."""
+        with self._lock:
+            while self._head < min(offset, self.tail):
+                self._pass()
+
     # held: lock
 
     def _count(self, tag: int, position: int, size: int) -> int:
@@ -187,6 +200,8 @@ class Journal:
         position = self._base + self._at
         self._window[self._at : self._at + len(record)] = record
         self._at += len(record)
+        if self.on_append is not None:
+            self.on_append(bytes(record))
         return position
 
     def _carry(self, budget: int) -> None:
@@ -208,6 +223,8 @@ class Journal:
         elif self._latest.get(tag) == self._head << 16 | size:
             self._latest[tag] = self._append(self._head_window[at : at + size]) << 16 | size
         if at + size == WINDOW:
+            if self._head + size == self._base + WINDOW:
+                self._grow(self._head + size)  # the tail stands there as well, and nothing is behind it yet
             following = self._map(self._head + size)
             self._head_window.madvise(mmap.MADV_REMOVE)
             self._head_window = following

@@ -46,6 +46,21 @@ def default_log_size() -> int:
     help="Memory for dirty data, allocated at once.  [default: least of 1GiB and a quarter of free memory]",
 )
 @click.option(
+    "--log",
+    "log_dir",
+    type=click.Path(file_okay=False),
+    metavar="DIR",
+    help="Keep the log on disk as well, in DIR (of this mount alone; three times --log-size): what was written "
+    "survives a power cut. The next mount of SOURCE with --log DIR brings it to the store.",
+)
+@click.option(
+    "--fsync",
+    type=click.Choice(["store", "log"]),
+    default="store",
+    show_default=True,
+    help="What fsync(2) and close(2) wait for: that data is durable in the store, or in the log of --log.",
+)
+@click.option(
     "--on-close",
     type=click.Choice(["wait", "background"]),
     default="wait",
@@ -123,8 +138,9 @@ def default_log_size() -> int:
 @click.option("--foreground", "-f", is_flag=True, help="Stay in the foreground; Ctrl-C unmounts.")
 @click.option("--debug-wire", is_flag=True, help="Log one line for each request and reply of the kernel.")
 def mount(
-    source: str, mountpoint: str, policy: str, kernel_cache: str | None, log_size: int | None, on_close: str,
-    dirty_expire: float, full_timeout: float | None, bwlimit: float | None, slow: Shape | None, read_only: bool,
+    source: str, mountpoint: str, policy: str, kernel_cache: str | None, log_size: int | None, log_dir: str | None,
+    fsync: str, on_close: str, dirty_expire: float, full_timeout: float | None, bwlimit: float | None,
+    slow: Shape | None, read_only: bool,
     options: tuple[str, ...], endpoint: str | None, access_key: str | None, secret_key: str | None, profile: str | None,
     store_option: tuple[str, ...], cache_dir: str | None, cache_size: int, shared: bool, lease_wait: float,
     attr_timeout: float, session_timeout: float, compact_rate: float, dump_interval: float, max_deaths: int,
@@ -149,6 +165,12 @@ def mount(
             raise PolicyError("--shared and --kernel-cache writeback exclude each other: the kernel would keep other "
                               "hosts' changes from being seen")  # fmt: skip
         wanted = kernel_cache or ("writethrough" if shared else None)
+        if fsync == "log" and log_dir is None:
+            raise PolicyError("--fsync log needs --log DIR: without it the log is gone with the machine's memory")
+        if log_dir is not None and (policy == "writethrough" or read_only or "ro" in words):
+            raise PolicyError("--log is for what waits to be written: not with --policy writethrough or --read-only")
+        if log_dir is not None and not volume and os.path.commonpath([os.path.realpath(log_dir), inside]) == inside:
+            raise PolicyError(f"--log {log_dir} lies inside {source}; choose another directory")
         cache, message = choose(policy, wanted, os.geteuid() == 0)
         make_runtime_dir()
         if message:
@@ -160,6 +182,8 @@ def mount(
             policy=policy,
             kernel_cache=cache,
             log_size=default_log_size() if log_size is None else log_size,
+            log_dir=None if log_dir is None else os.path.abspath(log_dir),
+            fsync=fsync,
             on_close=on_close,
             dirty_expire=dirty_expire,
             full_timeout=full_timeout,

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 from wbfuse.control import paths
+from wbfuse.control.disk import LogDirectory
 from wbfuse.control.keeper import GIVEN_UP, RESTART
 from wbfuse.control.server import ControlServer, Message
 from wbfuse.filesystem.cached_fs import CachedFileSystem
@@ -32,6 +33,7 @@ from wbfuse.store.shaped import Shape, shaped
 from wbfuse.wire.negotiate import PAGE, Agreement
 from wbfuse.writeback import quarantine
 from wbfuse.writeback.cache import WritebackCache
+from wbfuse.writeback.disk.writer import DiskLog
 from wbfuse.writeback.engine import Engine
 from wbfuse.writeback.limits import MAX_PAUSE
 
@@ -58,6 +60,10 @@ class Spec:
     on_close: str = "wait"
     dirty_expire: float = 5.0
     full_timeout: float | None = None
+    log_dir: str | None = None
+    """Where the log is on disk as well."""
+    fsync: str = "store"
+    """What fsync waits for: "store" or "log"."""
     shape: Shape = field(default_factory=Shape)
     read_only: bool = False
     options: list[str] = field(default_factory=list)
@@ -130,6 +136,13 @@ class Mount:
         """The keeper is gone."""
         self._aside: list[str] = []
         """Quarantine entries of which no sync has told yet."""
+        self.disk: DiskLog | None = None
+        self._log_dir = LogDirectory(spec.log_dir, spec, kept.get("disk")) if spec.log_dir else None
+        loaded = self._log_dir.loaded if self._log_dir else None
+        first = not kept
+        """Nobody served this mount before."""
+        if loaded is not None:
+            kept = kept | {"log": loaded.log, "journal": loaded.journal}
         self._kept = kept
         self.journal = Journal(kept.get("journal"))
         agreed = self.journal.inherited(Kind.AGREEMENT).get(0)
@@ -139,8 +152,10 @@ class Mount:
         self.engine: Engine | None = None
         try:
             self.fs = self._build(store)
-            if kept and agreed is not None:
+            if kept:
                 self.fs.take_over()
+            self._begin_log()
+            if agreed is not None:
                 self.path = spec.mountpoint
                 self.session = resume(self.fs, kept["fuse"], Agreement.decode(agreed), self._debug)
             else:
@@ -149,7 +164,7 @@ class Mount:
                     self.fs, spec.mountpoint, Options(fsname=spec.name, options=options, debug=self._debug)
                 )
         except BaseException:
-            if not kept:  # else the next worker goes on with it, and with its session
+            if first:  # else the next worker goes on with it, and with its session
                 store.close()
             raise
         self.session.on_defect = _die
@@ -167,15 +182,17 @@ class Mount:
                 kept.get("control"),
             )
         except BaseException:
-            if not kept:
+            if first:
                 detach(self.session, self.path)
             raise
-        if not kept:
+        if first:
             keep("fuse", self.session.fd)
             keep("journal", self.journal.fd)
             keep("control", self._control.fd)
             if self.cache is not None:
                 keep("log", self.cache.log.fd)
+            if self._log_dir is not None:
+                keep("disk", self._log_dir.directory.fd)
             if not spec.is_volume:
                 keep("source", cast(Any, self._store).root_fd)
 
@@ -211,7 +228,29 @@ class Mount:
                 super().destroy()
 
         kernel_writeback = spec.kernel_cache == "writeback"
-        return Draining(store, self.cache, self.engine, kernel_writeback, direct, wait, self.journal)
+        fs = Draining(store, self.cache, self.engine, kernel_writeback, direct, wait, self.journal)
+        fs.fsync_by_log = spec.fsync == "log"
+        fs.on_stopped = self._end_log
+        return fs
+
+    def _begin_log(self) -> None:
+        if self._log_dir is not None and self.cache is not None:
+            self.cache.disk = self.disk = self._log_dir.writer(self.cache)
+            self.disk.start()
+
+    def _end_log(self) -> None:
+        """The log on disk goes where the store has everything; else it is what is left."""
+        if self.disk is None or self._log_dir is None:
+            return
+        self.disk.stop()
+        if self.lost:
+            log.error("what is left is in the log; mount %s again with --log %s", self.spec.name, self.spec.log_dir)
+            return
+        try:
+            self._log_dir.directory.withdraw()
+            self._log_dir.directory.clear()
+        except OSError as e:  # replaying it again would do no harm
+            log.warning("%s: the log could not be removed: %s", self.spec.log_dir, e)
 
     def _set_aside(self, ino: int, size: int, rounds: list[list[Piece]]) -> None:
         """Dirty data of a file that another host has taken over goes to quarantine."""
@@ -388,6 +427,8 @@ class Mount:
             ):
                 out[key] = state[key]
             out["log"] = {"size": state["log_size"], "used": state["log_used"], "limit": state["log_limit"]}
+            if self.disk is not None:
+                out["log"]["disk"] = {"path": self.spec.log_dir, "fsync": self.spec.fsync} | self.disk.status()
             out["store"]["bandwidth"] = state["bandwidth"]
         return out
 

@@ -76,6 +76,10 @@ class CachedFileSystem(StoreFileSystem):
         if store.capabilities.quick_names:
             self.inline = type(self).inline | {"lookup"}
         self._durable_commits = store.capabilities.atomic_commit
+        self.fsync_by_log = False
+        """fsync is answered once the log on disk has it."""
+        self.on_stopped: Callable[[], None] = lambda: None
+        """Called at the end, when nothing is written back any more and store and log are still there."""
         if kernel_writeback:
             # Sizes and times are the kernel's own now: AUTO_INVAL_DATA would do nothing.
             self.capabilities = StoreFileSystem.capabilities & ~Cap.AUTO_INVAL_DATA | Cap.WRITEBACK_CACHE
@@ -93,6 +97,8 @@ class CachedFileSystem(StoreFileSystem):
         """Also replays the log."""
         for ino, records in self.cache.inherited().items():
             self.engine.take_over(ino, records)
+        for f in self.cache.files.values():
+            f.promised = self.fsync_by_log
         super().take_over()
 
     def _take_over(self, handle: Handle) -> None:
@@ -106,6 +112,7 @@ class CachedFileSystem(StoreFileSystem):
     def destroy(self) -> None:
         try:
             self.engine.stop()
+            self.on_stopped()
         finally:
             self.store.close()
             self.cache.log.close()
@@ -323,7 +330,7 @@ class CachedFileSystem(StoreFileSystem):
         f = self._file(request, request.nodeid)
         if request.unique & UNIQUE_RESEND and self.cache.taken.pop(request.unique & ~UNIQUE_RESEND, None) is not None:
             if flags & O_DSYNC and not from_kernel_cache:
-                self._when_durable(request, f, self.handles.get(fh), len(data))
+                self._when_durable(request, f, self.handles.get(fh), len(data), by_log=False)
                 return PARKED
             return len(data)  # it is in the log, from a server that died before it could say so
         if write_flags & WRITE_KILL_SUIDGID and f.attr.mode & (stat.S_ISUID | stat.S_ISGID):
@@ -335,11 +342,13 @@ class CachedFileSystem(StoreFileSystem):
             raise OSError(f.error, os.strerror(f.error))
         if flags & os.O_APPEND and not from_kernel_cache and self.store.capabilities.shared:
             offset = self._end_of(f, offset, len(data))
+        durable = bool(flags & O_DSYNC) and not from_kernel_cache
+        by_log = durable and self._by_log(request, f)
         n = len(data)
         moves_time = None if from_kernel_cache else time.time_ns()
         occupied = self.cache.write(f, request.unique, offset, data, at_tail, moves_time)
-        if flags & O_DSYNC and not from_kernel_cache:
-            self._when_durable(request, f, self.handles.get(fh), n)
+        if durable:
+            self._when_durable(request, f, self.handles.get(fh), n, by_log)
             return PARKED
         if self.cache.must_wait(occupied):
             parked = request.park()
@@ -400,8 +409,25 @@ class CachedFileSystem(StoreFileSystem):
 
     # durability
 
-    def _when_durable(self, request: Request, f: File, handle: Handle | None, value: int | None) -> None:
-        """Answer `value` once everything so far is in the store, or the error that write-back met."""
+    def _by_log(self, request: Request, f: File) -> bool:
+        """Whether the log on disk can answer for what was and is about to be written; what it has let go is durable.
+
+        May wait for the store, so it comes before anything is changed.
+        """
+        disk = self.cache.disk
+        if not self.fsync_by_log or disk is None or disk.broken:
+            return False
+        with self.cache.lock:
+            f.promised = True
+            behind = f.synced != f.version
+        if behind:
+            if not request.blocking:
+                raise WouldBlock
+            self.engine.sync_now(f)
+        return True
+
+    def _when_durable(self, request: Request, f: File, handle: Handle | None, value: int | None, by_log: bool) -> None:
+        """Answer `value` once everything so far is durable (in the store, or on disk `by_log`), or the error met."""
 
         def done(error: int) -> None:
             if handle is not None:
@@ -411,9 +437,19 @@ class CachedFileSystem(StoreFileSystem):
             else:
                 request.answer(value)
 
+        def by_store() -> None:
+            if self.cache.sync(f, done):
+                request.answer(value)
+
         request.park(on_interrupt=lambda: self._interrupted(request, f, done))
-        if self.cache.sync(f, done):
-            request.answer(value)
+        disk = self.cache.disk if by_log else None
+        if disk is None:
+            by_store()
+        elif disk.when_durable(lambda error: by_store() if error else request.answer(value), self.cache.newest(f)):
+            if disk.broken:
+                by_store()
+            else:
+                request.answer(value)
 
     def _interrupted(self, request: Request, f: File, done: Callable[[int], None]) -> None:
         if self.cache.cancel(f, done):
@@ -449,10 +485,11 @@ class CachedFileSystem(StoreFileSystem):
         if handle is None or not handle.writable or handle.file is None:
             return None
         f = handle.file
+        by_log = self._by_log(request, f)
         self._report(handle, f)
         if self._durable_commits and not f.core.generations and not f.busy:
             return None  # nothing was written, or all of it is committed, and so durable
-        self._when_durable(request, f, handle, None)
+        self._when_durable(request, f, handle, None, by_log)
         return PARKED
 
     def fsync(self, request: Request, fh: int, datasync: bool) -> Parked | None:
@@ -462,9 +499,10 @@ class CachedFileSystem(StoreFileSystem):
             if not request.blocking:
                 raise WouldBlock
             return super().fsync(request, fh, datasync)
+        by_log = self._by_log(request, f)
         if handle is not None:
             self._report(handle, f)
-        self._when_durable(request, f, handle, None)
+        self._when_durable(request, f, handle, None, by_log)
         return PARKED
 
     # the rest of a file
@@ -545,6 +583,8 @@ class CachedFileSystem(StoreFileSystem):
         if self.store.capabilities.clones:
             for ino in (request.nodeid, nodeid_out):
                 self._commit_now(ino)
+        if self.cache.disk is not None:
+            self.cache.disk.wait()  # what is about to be written over must not be replayed
         target = self.cache.begin_copy(request.nodeid, nodeid_out)
         done = 0
         try:

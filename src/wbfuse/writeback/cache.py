@@ -25,6 +25,7 @@ from wbfuse.journal import Kind as Entry
 from wbfuse.store.contract import FencedError, Store
 from wbfuse.wire.types import Attr
 from wbfuse.writeback.cached_file import Done, File, Waiter
+from wbfuse.writeback.disk.writer import DiskLog
 from wbfuse.writeback.extents import HOLE
 from wbfuse.writeback.file import STORE, Generation
 from wbfuse.writeback.limits import Limits
@@ -95,6 +96,8 @@ class WritebackCache:
         self.last_error = ""
         self.taken: dict[int, int] = {}
         """unique -> length of WRITEs that a server before this one took, and perhaps did not answer."""
+        self.disk: DiskLog | None = None
+        """The log on disk, where there is one."""
         self.can_resend = False
         """The kernel honours NOTIFY_RESEND (Linux 6.9)."""
         self.at_scratch = False
@@ -267,12 +270,12 @@ class WritebackCache:
         if r.kind == Kind.WRITE:
             if r.unique:
                 self.taken[r.unique] = r.length
-            self._freed(self.log.release(core.write(r.offset, r.offset + r.length, r.place, now, r.sequence, mtime)))
+            self.freed(self.log.release(core.write(r.offset, r.offset + r.length, r.place, now, r.sequence, mtime)))
         elif r.kind == Kind.TRUNCATE:
-            self._freed(self.log.release(core.truncate(r.offset, now, r.sequence, segment, mtime)))
+            self.freed(self.log.release(core.truncate(r.offset, now, r.sequence, segment, mtime)))
         elif r.kind == Kind.ZERO:
             end = r.offset + r.length
-            self._freed(self.log.release(core.zero(r.offset, end, r.length > 0, now, r.sequence, segment, mtime)))
+            self.freed(self.log.release(core.zero(r.offset, end, r.length > 0, now, r.sequence, segment, mtime)))
         elif r.kind == Kind.TIMES:
             atime = r.offset if r.flags & ATIME else None
             core.set_times(atime, r.length if r.flags & MTIME else None, now, r.sequence, segment)
@@ -316,8 +319,8 @@ class WritebackCache:
 
         def change(g: File) -> None:
             token = self.log.note(Kind.TRUNCATE, unique, g.ino, size, 0, 0, mtime_ns or g.core.mtime_ns)
-            self._freed(self.log.unnote(g.core.superseded_by_truncate(size)))
-            self._freed(self.log.release(g.core.truncate(size, self.clock(), self.log.sequence, token, mtime_ns)))
+            self.freed(self.log.unnote(g.core.superseded_by_truncate(size)))
+            self.freed(self.log.release(g.core.truncate(size, self.clock(), self.log.sequence, token, mtime_ns)))
 
         self._change(f, change, wait)
 
@@ -333,7 +336,7 @@ class WritebackCache:
             length = max(0, (end if grow else min(end, g.core.size)) - start)
             token = self.log.note(Kind.ZERO, unique, g.ino, start, length, 0, mtime_ns or g.core.mtime_ns)
             dropped = g.core.zero(start, end, grow, self.clock(), self.log.sequence, token, mtime_ns)
-            self._freed(self.log.release(dropped))
+            self.freed(self.log.release(dropped))
 
         self._change(f, change, wait)
 
@@ -345,7 +348,7 @@ class WritebackCache:
             mtime = g.core.mtime_ns if mtime_ns is None and before[1] is not None else mtime_ns
             flags = ATIME * (atime is not None) | MTIME * (mtime is not None)
             token = self.log.note(Kind.TIMES, unique, g.ino, atime or 0, mtime or 0, flags)
-            self._freed(self.log.unnote(g.core.superseded_by_times()))
+            self.freed(self.log.unnote(g.core.superseded_by_times()))
             g.core.set_times(atime, mtime, self.clock(), self.log.sequence, token)
 
         self._change(f, change, wait)
@@ -446,10 +449,10 @@ class WritebackCache:
         for g in gone:
             freed |= self.log.release(g.extents.places())
             freed |= self.log.unnote(g.tokens)
-        self._freed(freed)
+        self.freed(freed)
 
-    def _freed(self, freed: bool) -> None:
-        """Held: lock."""
+    def freed(self, freed: bool) -> None:
+        """Held: lock. Wake who waits for room, if a segment became free."""
         if freed:
             self.room.notify_all()
             self.paced.notify()
@@ -477,7 +480,7 @@ class WritebackCache:
 
     def unpin(self, pinned: list[Segment]) -> None:
         with self.lock:
-            self._freed(self.log.unpin(pinned))
+            self.freed(self.log.unpin(pinned))
 
     # durability
 
@@ -623,10 +626,15 @@ class WritebackCache:
             self.log.stamp_moved(g.sequence, f.ino, start, length, moved, g.mtime_ns or f.core.mtime_ns)
             g.extents.move(i, moved)
             freed |= self.log.release([(place, length)])
-        self._freed(freed)
+        self.freed(freed)
         return freed
 
     # what status shows
+
+    def newest(self, f: File) -> int:
+        """The sequence of the last change of a file that the store has not; 0 where there is none."""
+        with self.lock:
+            return f.core.generations[-1].sequence if f.core.generations else 0
 
     def status(self) -> dict[str, int | float | str]:
         with self.lock:

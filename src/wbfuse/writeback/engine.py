@@ -322,6 +322,8 @@ class Engine:
         work = [(f, g, self._round(f, g)) for f, g in jobs if g is not None]
         errors: dict[int, int] = {}
         if work:
+            if self.cache.disk is not None:  # what the store has, the log on disk must know
+                self.cache.disk.wait(max(g.sequence for _, g, _ in work))
             with self.cache.lock:
                 seen = [f.attr_version for f, _, _ in work]
             errors = self._commit([r for _, _, r in work])
@@ -366,7 +368,7 @@ class Engine:
             f.version += 1
             if f.attr_version == seen:  # else somebody has set a mode or owner since, and knows better
                 f.set_attr(attr)
-            waited_for = any(w.generation <= g.number for w in f.waiters)
+            waited_for = f.promised or any(w.generation <= g.number for w in f.waiters)
         error = self._sync(f) if waited_for else 0
         return {f.ino: error} if error else {}
 
@@ -395,7 +397,7 @@ class Engine:
             wanted = any(g is mine for mine in f.core.generations)
             if staged and wanted:
                 g.round = round_
-            cache._freed(cache.log.unpin(g.pinned))
+            cache.freed(cache.log.unpin(g.pinned))
             g.pinned = []
             if wanted and not staged:
                 f.failures += 1  # so that nobody tries the same again at once
@@ -408,6 +410,11 @@ class Engine:
             cache.work.notify()
         if staged and not wanted and round_ is not None:
             cache.store.unstage(round_)
+
+    def sync_now(self, f: File) -> None:
+        """Make durable, in this thread, what was committed of a file. Raises OSError."""
+        if error := self._sync(f):
+            raise OSError(error, os.strerror(error))
 
     def _sync(self, f: File) -> int:
         with self.cache.lock:
@@ -500,7 +507,7 @@ class Engine:
                 del f.core.generations[: len(gone)]
                 cache._release(f, gone)
                 cache.failing.pop(f.ino, None)
-            cache._freed(cache.log.unpin(pinned))
+            cache.freed(cache.log.unpin(pinned))
             waiters, f.waiters = f.waiters, []
             f.retry_at = cache.clock() + _FIRST_RETRY
             cache.requeue(f)  # what came meanwhile follows

@@ -20,14 +20,14 @@ import contextlib
 import ctypes
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from wbfuse.writeback import records
 
 PAGE = mmap.PAGESIZE
 MIB = 1 << 20
 _MADV_POPULATE_WRITE = 23
-_WRITE = int(records.Kind.WRITE)
+_WRITE, _LIFE = int(records.Kind.WRITE), int(records.Kind.LIFE)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -55,6 +55,9 @@ def free_memory() -> int:
     return min(free)
 
 
+def _nothing() -> None: ...
+
+
 class LogFull(Exception):  # noqa: N818 - a state to wait out, not an error
     """No segment is free. The reader must wait, or receive elsewhere."""
 
@@ -68,8 +71,32 @@ def segment_size(log_size: int, max_write: int) -> int:
     return max(4 * max_write, min(16 * MIB, log_size // 16 // MIB * MIB))
 
 
+class Geometry:
+    """Where things stand in a log of `size` bytes. Raises LogError where that is too small."""
+
+    def __init__(self, size: int, max_write: int) -> None:
+        self.segment_size = segment_size(size, max_write)
+        self.count = size // self.segment_size
+        if self.count < 4:
+            raise LogError(
+                f"a log of {size >> 20} MiB is too small: at least {self.segment_size * 4 >> 20} MiB are needed"
+            )
+        self.size = self.count * self.segment_size
+        """Of all payloads; the records stand behind it."""
+        self.slots = 2 * self.segment_size // PAGE - 1
+        """Records in a segment, beside its head."""
+        self.total = self.size + self.count * (self.slots + 1) * records.SIZE
+
+    def head(self, segment: int) -> int:
+        """Where the records of a segment begin: first its head, then its slots."""
+        return self.size + segment * (self.slots + 1) * records.SIZE
+
+    def slot(self, segment: int, n: int) -> int:
+        return self.head(segment) + (n + 1) * records.SIZE
+
+
 class Segment:
-    __slots__ = ("base", "index", "live", "notes", "pins", "records", "used", "warm")
+    __slots__ = ("base", "copied", "index", "life", "live", "notes", "pins", "records", "used", "warm")
 
     def __init__(self, index: int, base: int) -> None:
         self.index = index
@@ -77,6 +104,10 @@ class Segment:
         self.used = 0
         """Payload bytes handed out, pages rounded up."""
         self.records = 0
+        self.copied = 0
+        """Of them, those that are in the log on disk, or on their way there."""
+        self.life = 0
+        """Which of all the times that a segment was begun anew."""
         self.live = 0
         """Bytes that some extent refers to, and records.SIZE for each pending change without payload."""
         self.notes = 0
@@ -93,26 +124,22 @@ class Log:
         """With `fd` (owned from now on): the log of a server that died, of the same size. `revive` what counts in it,
         then `settle`, before anything else.
         """
-        self.segment_size = segment_size(size, max_write)
-        count = size // self.segment_size
-        if count < 4:
-            raise LogError(
-                f"a log of {size >> 20} MiB is too small: at least {self.segment_size * 4 >> 20} MiB are needed"
-            )
-        self.size = count * self.segment_size
+        g = self.geometry = Geometry(size, max_write)
+        self.asked = size, max_write
+        self.segment_size, self.size = g.segment_size, g.size
         self._usable = self.segment_size - PAGE
         """One page at the end stays unused, so an extent never runs on into the next segment."""
         self.max_write = max_write
-        self._slots = 2 * self.segment_size // PAGE
-        self._records_base = self.size
-        total = self.size + count * self._slots * records.SIZE
-        self.fd = self._allocate(total) if fd is None else fd
-        self._memory = mmap.mmap(self.fd, total)
+        self.fd = self.allocate(g.total) if fd is None else fd
+        self._memory = mmap.mmap(self.fd, g.total)
         self._view = memoryview(self._memory)
-        self.segments = [Segment(i, i * self.segment_size) for i in range(count)]
+        self.segments = [Segment(i, i * self.segment_size) for i in range(g.count)]
         self._free: list[Segment] = []
         """A stack: the segment used last is warm in the processor's cache and comes first."""
         self.sequence = 0
+        self.on_stamp: Callable[[], None] = _nothing
+        """Called for each record, with the lock held."""
+        self._lives = 0
         self.tail = self._view[:0]
         """Where the next payload is to be received."""
         self._receiving = self._side = self.segments[0]
@@ -122,7 +149,7 @@ class Log:
             self.settle()
 
     @staticmethod
-    def _allocate(total: int) -> int:
+    def allocate(total: int) -> int:
         free = free_memory()
         if total > free:
             raise LogError(
@@ -155,6 +182,8 @@ class Log:
     def settle(self) -> None:
         """What nobody revived is free; where nothing is, the two segments with the most room are gone on with."""
         for s in self.segments:
+            s.life = self._life_of(s)
+            self._lives = max(self._lives, s.life)
             if not s.live:
                 self._free.append(s)
                 continue
@@ -180,6 +209,10 @@ class Log:
         s = self._free.pop()
         self._warm(s)
         self._zero_records(s)
+        self._lives += 1
+        s.life, s.copied = self._lives, 0
+        at = self.geometry.head(s.index)
+        self._view[at : at + records.SIZE] = records.pack(s.life, 0, 0, 0, 0, 0, _LIFE)
         return s
 
     def _set_tail(self) -> None:
@@ -212,7 +245,7 @@ class Log:
 
     def _side_room(self, length: int) -> Segment:
         s = self._side
-        if s.used + length > self._usable or s.records >= self._slots:
+        if s.used + length > self._usable or s.records >= self.geometry.slots:
             full, self._side = s, self._fresh()
             self._recycle(full)
         return self._side
@@ -253,9 +286,10 @@ class Log:
         return s.index
 
     def _stamp(self, s: Segment, record: tuple[int, int, int, int, int, int, int, int, int]) -> None:
-        at = self._records_base + (s.index * self._slots + s.records) * records.SIZE
+        at = self.geometry.slot(s.index, s.records)
         self._view[at : at + records.SIZE] = records.pack(*record)
         s.records += 1
+        self.on_stamp()
 
     # what is used
 
@@ -307,7 +341,7 @@ class Log:
     def _recycle(self, s: Segment) -> bool:
         if s.live or s.pins or s is self._receiving or s is self._side or (s.used == 0 and s.records == 0):
             return False
-        s.used = s.records = 0
+        s.used = s.records = s.copied = 0
         self._free.append(s)
         return True
 
@@ -328,9 +362,8 @@ class Log:
         if s.warm:
             return
         self._memory.madvise(_MADV_POPULATE_WRITE, s.base, self.segment_size)
-        at = self._records_base + s.index * self._slots * records.SIZE
-        start = at // PAGE * PAGE
-        self._memory.madvise(_MADV_POPULATE_WRITE, start, at + self._slots * records.SIZE - start)
+        start = self.geometry.head(s.index) // PAGE * PAGE
+        self._memory.madvise(_MADV_POPULATE_WRITE, start, self.geometry.head(s.index + 1) - start)
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory, s.base))
         _libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(self.segment_size))  # where the limit allows it
         s.warm = True
@@ -344,19 +377,28 @@ class Log:
         return True
 
     def _zero_records(self, s: Segment) -> None:
-        at = self._records_base + s.index * self._slots * records.SIZE
-        self._view[at : at + self._slots * records.SIZE] = bytes(self._slots * records.SIZE)
+        start, end = self.geometry.head(s.index), self.geometry.head(s.index + 1)
+        self._view[start:end] = bytes(end - start)
 
     # reading it back
 
     def _records(self, s: Segment) -> Iterator[records.Record]:
         """The records that stand in a segment, up to the first that is not whole."""
-        base = self._records_base + s.index * self._slots * records.SIZE
-        for i in range(self._slots):
-            record = records.unpack(self._view[base + i * records.SIZE : base + (i + 1) * records.SIZE])
+        for i in range(self.geometry.slots):
+            at = self.geometry.slot(s.index, i)
+            record = records.unpack(self._view[at : at + records.SIZE])
             if record is None:
                 return
             yield record
+
+    def _life_of(self, s: Segment) -> int:
+        at = self.geometry.head(s.index)
+        head = records.unpack(self._view[at : at + records.SIZE])
+        return 0 if head is None else head.sequence
+
+    def slots(self, s: Segment, first: int, end: int) -> memoryview:
+        """The records from slot `first` up to `end`, as bytes."""
+        return self._view[self.geometry.slot(s.index, first) : self.geometry.slot(s.index, end)]
 
     def scan(self) -> list[tuple[int, records.Record]]:
         """(segment, record) of every record that stands in the log, also those that count no more, by sequence."""

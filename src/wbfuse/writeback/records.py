@@ -29,6 +29,8 @@ class Kind(IntEnum):
     """[offset, offset + length) of `ino` became zeros; a size that was less became its end."""
     TIMES = 4
     """`offset` is atime_ns and `length` mtime_ns of `ino`, as `flags` say."""
+    LIFE = 5
+    """The head of a segment's records: `sequence` counts how often any segment was begun anew."""
 
 
 ATIME, MTIME = 1, 2

@@ -75,6 +75,34 @@ def unpack(ino: int, entry: bytes) -> Node:
     return node
 
 
+def rebase(table: dict[int, bytes], device: int) -> None:
+    """A journal's table, by tag, for a new mount of the directory, which may be on another `device` after a reboot.
+
+    Of the nodes only those that dirty files need stay: the kernel knows none. A file without a name cannot be reached
+    any more, so what was written to it goes.
+    """
+    nodes = {tag >> 8: unpack(tag >> 8, value) for tag, value in table.items() if tag & 0xFF == Kind.NODE}
+    needed: set[int] = set()
+    for tag in [tag for tag in table if tag & 0xFF == Kind.DIRTY]:
+        ino = tag >> 8
+        node = nodes.get(ino)
+        if node is None or node.removed or all(parent == ORPHANAGE for parent, _ in node.places):
+            del table[tag]
+            continue
+        waiting = [ino]
+        while waiting:
+            at = waiting.pop()
+            if at not in needed and at in nodes:
+                needed.add(at)
+                waiting += [parent for parent, _ in nodes[at].places]
+    for ino, node in nodes.items():
+        if ino in needed:
+            places = [place for place in node.places if place[0] != ORPHANAGE]
+            table[ino << 8 | Kind.NODE] = pack((device, *node.identity[1:]), node.kind, node.removed, places)
+        else:
+            del table[ino << 8 | Kind.NODE]
+
+
 class Nodes:
     """ino -> Node and identity -> Node, beginning with what `journal` inherited."""
 

@@ -85,6 +85,18 @@ def read_settings(database: Database) -> dict[str, str]:
     return found
 
 
+def uuid_of(meta: str) -> str:
+    """Of the volume whose database is `meta`. Raises VolumeError."""
+    try:
+        database = Database(meta)
+    except DatabaseError as e:
+        raise VolumeError(str(e)) from e
+    try:
+        return read_settings(database)["uuid"]
+    finally:
+        database.close()
+
+
 def open_objects(found: dict[str, str], options: dict[str, str]) -> Objects:
     """The bucket of a volume, seen to be its own. Raises VolumeError."""
     saved = {name[7:]: value for name, value in found.items() if name.startswith("option.")}

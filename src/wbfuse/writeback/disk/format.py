@@ -1,0 +1,207 @@
+"""What stands in the chunks of a log on disk, and what a reader makes of it. Pure.
+
+    chunk:  | header, one page | frame | frame | ... | zeros |
+    frame:  | check | length of the body | kind | segment | life | first | count |  body, padded to 8 bytes
+
+A frame counts only if its checksum is right, which also covers where it stands (epoch, chunk); what counts of a stream
+are the batches up to the last COMMIT before the first frame that is not whole. Within a batch the order of frames says
+nothing but for the journal's. All numbers little-endian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+from struct import Struct
+
+import xxhash
+
+from wbfuse import journal
+
+PAGE = 4096
+VERSION = 1
+_MAGIC = b"wbfuselg"
+_HEADER = Struct("<8sIIQQQQQ16s")
+_FRAME = Struct("<QIIQII")
+_CHECK = Struct("<Q")
+FRAME = _CHECK.size + _FRAME.size
+"""Bytes of a frame's head."""
+_SEQUENCE = Struct("<Q")
+_MASK = (1 << 64) - 1
+
+
+class DamagedError(Exception):
+    """The chunks are none, or some of what was durable cannot be read; one line for the person who asked."""
+
+
+class Kind(IntEnum):
+    SLOTS = 1
+    """`count` records of `segment` in its `life` from the slot `first` on, and then their payloads."""
+    JOURNAL = 2
+    """Records of the journal, one after another."""
+    COMMIT = 3
+    """Everything up to here counts; `life` is the number of the batch. The body is the highest sequence in it."""
+
+
+@dataclass(slots=True, frozen=True)
+class Header:
+    """Of a chunk. `previous_end`: where the stream left the chunk before it."""
+
+    epoch: int
+    number: int
+    first: bool
+    """The epoch begins here."""
+    previous_end: int
+    log_size: int
+    max_write: int
+    uuid: bytes
+
+    def encode(self) -> bytes:
+        """One page."""
+        body = _HEADER.pack(
+            _MAGIC, VERSION, int(self.first), self.epoch, self.number, self.previous_end, self.log_size, self.max_write,
+            self.uuid,
+        )  # fmt: skip
+        return (body + _CHECK.pack(xxhash.xxh3_64_intdigest(body))).ljust(PAGE, b"\0")
+
+    @classmethod
+    def decode(cls, raw: bytes | memoryview) -> Header | None:
+        """None where it is none, or half a one. Raises DamagedError where a newer wbfuse wrote it."""
+        if len(raw) < _HEADER.size + _CHECK.size:
+            return None
+        body = bytes(raw[: _HEADER.size])
+        magic, version, first, epoch, number, previous_end, size, max_write, uuid = _HEADER.unpack(body)
+        (check,) = _CHECK.unpack_from(raw, _HEADER.size)
+        if magic != _MAGIC or check != xxhash.xxh3_64_intdigest(body):
+            return None
+        if version > VERSION:
+            raise DamagedError(f"made by a newer wbfuse (log version {version}, this one knows {VERSION}); update it")
+        return cls(epoch, number, bool(first), previous_end, size, max_write, uuid)
+
+    @property
+    def seed(self) -> int:
+        """Of the checksums of its frames: none of another log or chunk is taken for one of this."""
+        return (int.from_bytes(self.uuid[:8], "little") ^ self.epoch << 32 ^ self.number) & _MASK
+
+
+def frame(
+    seed: int, kind: Kind, body: list[memoryview | bytes], segment: int = 0, life: int = 0, first: int = 0,
+    count: int = 0,
+) -> list[memoryview | bytes]:  # fmt: skip
+    """A frame as buffers to write one after another."""
+    length = sum(map(len, body))
+    head = _FRAME.pack(length, kind, segment, life, first, count)
+    check = xxhash.xxh3_64(head, seed)
+    for part in body:
+        check.update(part)
+    return [_CHECK.pack(check.intdigest()) + head, *body, bytes(-length % 8)]
+
+
+def commit(seed: int, batch: int, sequence: int) -> list[memoryview | bytes]:
+    return frame(seed, Kind.COMMIT, [_SEQUENCE.pack(sequence)], life=batch)
+
+
+@dataclass(slots=True, frozen=True)
+class Frame:
+    kind: int
+    segment: int
+    life: int
+    first: int
+    count: int
+    body: memoryview
+    end: int
+    """Where the next one stands."""
+
+
+def frames(chunk: memoryview, seed: int) -> Iterator[Frame]:
+    """The frames of a chunk, up to the first that is not whole."""
+    at = PAGE
+    while at + FRAME <= len(chunk):
+        (check,) = _CHECK.unpack_from(chunk, at)
+        length, kind, segment, life, first, count = _FRAME.unpack_from(chunk, at + _CHECK.size)
+        end = at + FRAME + length + -length % 8
+        if kind == 0 or end > len(chunk):
+            return
+        if check != xxhash.xxh3_64_intdigest(chunk[at + _CHECK.size : at + FRAME + length], seed):
+            return
+        yield Frame(kind, segment, life, first, count, chunk[at + FRAME : at + FRAME + length], end)
+        at = end
+
+
+@dataclass(slots=True)
+class Segment:
+    """What stands of the newest life of a segment: bodies of SLOTS frames by their first slot."""
+
+    life: int = 0
+    slots: dict[int, tuple[int, memoryview]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Image:
+    """Log and journal as they were at the last COMMIT."""
+
+    log_size: int
+    max_write: int
+    segments: dict[int, Segment] = field(default_factory=dict)
+    table: dict[int, bytes] = field(default_factory=dict)
+    """The journal's, by tag."""
+    batches: int = 0
+    sequence: int = 0
+
+
+def read(chunks: Iterable[tuple[int, memoryview]], epoch: int) -> Image | None:
+    """What the (number, bytes) of an epoch's chunks say; None where nothing was ever committed in it.
+
+    The image refers to the chunks. Raises DamagedError where something is missing that was there.
+    """
+    found: list[tuple[Header, memoryview]] = []
+    for number, chunk in sorted(chunks):
+        header = Header.decode(chunk)
+        if header is not None and (header.epoch, header.number) == (epoch, number):  # else it was not begun yet
+            found.append((header, chunk))
+    if not found:
+        return None
+    image = Image(found[0][0].log_size, found[0][0].max_write)
+    batch: list[Frame] = []
+    for i, (header, chunk) in enumerate(found):
+        at = PAGE
+        for f in frames(chunk, header.seed):
+            at = f.end
+            batch.append(f)
+            if f.kind == Kind.COMMIT:
+                _apply(image, batch)
+                batch = []
+        if i + 1 == len(found):
+            break
+        following = found[i + 1][0]
+        # A chunk is durable before the next is begun.
+        if following.number != header.number + 1 or following.previous_end != at:
+            raise DamagedError(
+                f"chunk {header.number} is damaged at byte {at}, and {len(found) - i - 1} more follow it"
+            )
+    if image.batches:
+        return image
+    if not found[0][0].first:  # its beginning went only after something later was durable
+        raise DamagedError(f"chunk {found[0][0].number} is damaged, and what was before it is gone")
+    return None
+
+
+def _apply(image: Image, batch: list[Frame]) -> None:
+    for f in batch:
+        if f.kind == Kind.SLOTS:
+            segment = image.segments.setdefault(f.segment, Segment())
+            if f.life > segment.life:
+                segment.life = f.life
+                segment.slots.clear()
+            if f.life == segment.life:
+                segment.slots[f.first] = f.count, f.body
+        elif f.kind == Kind.JOURNAL:
+            for _, _, tag, value in journal.records(bytes(f.body)):
+                if value is None:
+                    image.table.pop(tag, None)
+                else:
+                    image.table[tag] = value
+        elif f.kind == Kind.COMMIT:
+            image.batches += 1
+            (image.sequence,) = _SEQUENCE.unpack(f.body)

@@ -1,0 +1,107 @@
+"""From a log on disk to memory files that a worker can go on with, as if they had been kept."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from wbfuse.journal import Journal
+from wbfuse.journal import Kind as Entry
+from wbfuse.writeback import records
+from wbfuse.writeback.disk.directory import Directory
+from wbfuse.writeback.disk.format import DamagedError, Image, read
+from wbfuse.writeback.log import Geometry, Log, LogError
+
+KEPT = (Entry.COUNTER, Entry.NODE, Entry.DIRTY, Entry.SESSION, Entry.LOG, Entry.ERROR)
+"""What a mount that is made anew needs to know; requests and handles ended with the kernel's side of the old one."""
+
+
+@dataclass(slots=True)
+class Loaded:
+    """Descriptors of the memory files, owned by who asked."""
+
+    log: int
+    journal: int
+    manifest: dict[str, Any]
+    dirty: int
+    """Files that have what the store has not."""
+
+
+def load(directory: Directory, adapt: Callable[[dict[int, bytes]], None] = lambda _table: None) -> Loaded | None:
+    """What a log on disk holds; None where there is none. `adapt` may change the journal's table. Raises LogError."""
+    try:
+        manifest = directory.manifest()
+        if manifest is None:
+            return None
+        epoch = manifest["epoch"]
+        image = read([(n, directory.view(e, n)) for e, n in directory.chunks() if e == epoch], epoch)
+        if image is None:
+            raise DamagedError("its chunks are missing")
+    except DamagedError as e:
+        raise LogError(f"{directory.path}: the log cannot be used: {e}; see: wbfuse recover {directory.path}") from e
+    except OSError as e:
+        raise LogError(f"{directory.path}: {e.strerror}") from e
+    adapt(image.table)
+    journal = restore_journal(image)
+    log = restore_log(image)
+    return Loaded(log, os.dup(journal.fd), manifest, sum(tag & 0xFF == Entry.DIRTY for tag in image.table))
+
+
+def restore_journal(image: Image) -> Journal:
+    journal = Journal()
+    for tag, value in image.table.items():
+        if tag & 0xFF in KEPT:
+            journal.put(Entry(tag & 0xFF), tag >> 8, value)
+    return journal
+
+
+def restore_log(image: Image) -> int:
+    """A memory file with everything at its place. Raises LogError without memory."""
+    geometry = Geometry(image.log_size, image.max_write)
+    fd = Log.allocate(geometry.total)
+    try:
+        for index, segment in image.segments.items():
+            if index >= geometry.count:
+                raise LogError(f"segment {index} is beyond the end of the log")
+            head = records.pack(segment.life, 0, 0, 0, 0, 0, records.Kind.LIFE)
+            _pwrite(fd, memoryview(head), geometry.head(index))
+            for first, (count, body) in segment.slots.items():
+                _restore(fd, geometry, index, first, count, body)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _restore(fd: int, geometry: Geometry, index: int, first: int, count: int, body: memoryview) -> None:
+    """The records of a frame, and behind them their payloads, back to their places."""
+    payload = count * records.SIZE
+    if first + count > geometry.slots or payload > len(body):
+        raise LogError(f"a frame of segment {index} does not fit")
+    _pwrite(fd, body[:payload], geometry.slot(index, first))
+    low, high = index * geometry.segment_size, (index + 1) * geometry.segment_size
+    run_place, run_start, run_end = 0, payload, payload
+    for i in range(count):
+        record = records.unpack(body[i * records.SIZE : (i + 1) * records.SIZE])
+        if record is None:
+            raise LogError(f"a record of segment {index} is damaged")
+        if record.kind != records.Kind.WRITE:
+            continue
+        if record.place < low or record.place + record.length > high or run_end + record.length > len(body):
+            raise LogError(f"a record of segment {index} points outside it")
+        if record.place != run_place + run_end - run_start:
+            _pwrite(fd, body[run_start:run_end], run_place)
+            run_place, run_start = record.place, run_end
+        run_end += record.length
+    _pwrite(fd, body[run_start:run_end], run_place)
+
+
+def _pwrite(fd: int, data: memoryview, at: int) -> None:
+    while len(data):
+        done = os.pwrite(fd, data, at)
+        if not done:
+            raise OSError(errno.EIO, "nothing was written")
+        data, at = data[done:], at + done
