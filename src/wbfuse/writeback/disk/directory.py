@@ -11,13 +11,14 @@ so one step makes an epoch count or a log end.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import mmap
 import os
 import secrets
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from wbfuse.writeback.disk.format import DamagedError
@@ -32,27 +33,45 @@ _MOST_BUFFERS = 1024
 
 
 class Chunk:
-    """A file of the directory, open for writing."""
+    """A file of the directory, open for writing; `direct` is its second descriptor, past the page cache."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, direct: int | None) -> None:
         self._fd = fd
+        self._direct = direct
 
-    def write(self, buffers: list[memoryview | bytes], at: int) -> None:
+    def write(self, buffers: Sequence[memoryview | bytes], at: int) -> None:
         """All of them, one after another. Raises OSError."""
-        left = [memoryview(b) for b in buffers if len(b)]
-        while left:
-            done = os.pwritev(self._fd, left[:_MOST_BUFFERS], at)
-            at += done
-            while left and done >= len(left[0]):
-                done -= len(left.pop(0))
-            if done:
-                left[0] = left[0][done:]
+        _write(self._fd, buffers, at)
+
+    def write_pages(self, buffers: Sequence[memoryview], at: int) -> None:
+        """Whole pages of memory to whole pages of the file. Raises OSError."""
+        if self._direct is not None:
+            try:
+                _write(self._direct, buffers, at)
+                return
+            except OSError as e:
+                if e.errno != errno.EINVAL:  # else it wants larger blocks than pages
+                    raise
+        _write(self._fd, buffers, at)
 
     def sync(self) -> None:
         os.fdatasync(self._fd)
 
     def close(self) -> None:
         os.close(self._fd)
+        if self._direct is not None:
+            os.close(self._direct)
+
+
+def _write(fd: int, buffers: Sequence[memoryview | bytes], at: int) -> None:
+    left = [memoryview(b) for b in buffers if len(b)]
+    while left:
+        done = os.pwritev(fd, left[:_MOST_BUFFERS], at)
+        at += done
+        while left and done >= len(left[0]):
+            done -= len(left.pop(0))
+        if done:
+            left[0] = left[0][done:]
 
 
 class Directory:
@@ -192,7 +211,13 @@ class Directory:
         except BaseException:
             os.close(fd)
             raise
-        return Chunk(fd)
+        return Chunk(fd, self._past_the_cache(name))
+
+    def _past_the_cache(self, name: str) -> int | None:
+        try:
+            return os.open(name, os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+        except OSError:  # not every file system can
+            return None
 
     def remove(self, chunks: Iterable[tuple[int, int]]) -> None:
         """One after another, so that no power cut leaves a later one missing before an earlier. Raises OSError."""
@@ -208,6 +233,7 @@ class Directory:
             size = os.fstat(fd).st_size
             if not size:
                 return memoryview(b"")
+            os.posix_fadvise(fd, 0, size, os.POSIX_FADV_WILLNEED)
             mapped = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
             mapped.madvise(mmap.MADV_SEQUENTIAL)
             return memoryview(mapped)

@@ -18,6 +18,7 @@ from struct import Struct
 import xxhash
 
 from wbfuse import journal
+from wbfuse.writeback import records
 
 PAGE = 4096
 VERSION = 1
@@ -38,6 +39,8 @@ class DamagedError(Exception):
 class Kind(IntEnum):
     SLOTS = 1
     """`count` records of `segment` in its `life` from the slot `first` on, and then their payloads."""
+    PAGES = 4
+    """The same, with payloads from the next page of the chunk on, each filled up to whole pages."""
     JOURNAL = 2
     """Records of the journal, one after another."""
     COMMIT = 3
@@ -98,6 +101,10 @@ def frame(
     return [_CHECK.pack(check.intdigest()) + head, *body, bytes(-length % 8)]
 
 
+def whole_pages(size: int) -> int:
+    return size + PAGE - 1 & -PAGE
+
+
 def commit(seed: int, batch: int, sequence: int) -> list[memoryview | bytes]:
     return frame(seed, Kind.COMMIT, [_SEQUENCE.pack(sequence)], life=batch)
 
@@ -110,8 +117,14 @@ class Frame:
     first: int
     count: int
     body: memoryview
+    begin: int
     end: int
-    """Where the next one stands."""
+    """Where it and the next one stand in the chunk."""
+
+    def payloads(self) -> int:
+        """Where in the body the payloads begin."""
+        at = self.count * records.SIZE
+        return whole_pages(self.begin + FRAME + at) - self.begin - FRAME if self.kind == Kind.PAGES else at
 
 
 def frames(chunk: memoryview, seed: int) -> Iterator[Frame]:
@@ -125,16 +138,16 @@ def frames(chunk: memoryview, seed: int) -> Iterator[Frame]:
             return
         if check != xxhash.xxh3_64_intdigest(chunk[at + _CHECK.size : at + FRAME + length], seed):
             return
-        yield Frame(kind, segment, life, first, count, chunk[at + FRAME : at + FRAME + length], end)
+        yield Frame(kind, segment, life, first, count, chunk[at + FRAME : at + FRAME + length], at, end)
         at = end
 
 
 @dataclass(slots=True)
 class Segment:
-    """What stands of the newest life of a segment: bodies of SLOTS frames by their first slot."""
+    """What stands of the newest life of a segment: its frames by their first slot."""
 
     life: int = 0
-    slots: dict[int, tuple[int, memoryview]] = field(default_factory=dict)
+    slots: dict[int, Frame] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -189,13 +202,13 @@ def read(chunks: Iterable[tuple[int, memoryview]], epoch: int) -> Image | None:
 
 def _apply(image: Image, batch: list[Frame]) -> None:
     for f in batch:
-        if f.kind == Kind.SLOTS:
+        if f.kind in (Kind.SLOTS, Kind.PAGES):
             segment = image.segments.setdefault(f.segment, Segment())
             if f.life > segment.life:
                 segment.life = f.life
                 segment.slots.clear()
             if f.life == segment.life:
-                segment.slots[f.first] = f.count, f.body
+                segment.slots[f.first] = f
         elif f.kind == Kind.JOURNAL:
             for _, _, tag, value in journal.records(bytes(f.body)):
                 if value is None:

@@ -12,7 +12,7 @@ from wbfuse.journal import Journal
 from wbfuse.journal import Kind as Entry
 from wbfuse.writeback import records
 from wbfuse.writeback.disk.directory import Directory
-from wbfuse.writeback.disk.format import DamagedError, Image, read
+from wbfuse.writeback.disk.format import DamagedError, Frame, Image, Kind, read, whole_pages
 from wbfuse.writeback.log import Geometry, Log, LogError
 
 KEPT = (Entry.COUNTER, Entry.NODE, Entry.DIRTY, Entry.SESSION, Entry.LOG, Entry.ERROR)
@@ -68,34 +68,35 @@ def restore_log(image: Image) -> int:
                 raise LogError(f"segment {index} is beyond the end of the log")
             head = records.pack(segment.life, 0, 0, 0, 0, 0, records.Kind.LIFE)
             _pwrite(fd, memoryview(head), geometry.head(index))
-            for first, (count, body) in segment.slots.items():
-                _restore(fd, geometry, index, first, count, body)
+            for frame in segment.slots.values():
+                _restore(fd, geometry, frame)
     except BaseException:
         os.close(fd)
         raise
     return fd
 
 
-def _restore(fd: int, geometry: Geometry, index: int, first: int, count: int, body: memoryview) -> None:
+def _restore(fd: int, geometry: Geometry, f: Frame) -> None:
     """The records of a frame, and behind them their payloads, back to their places."""
-    payload = count * records.SIZE
-    if first + count > geometry.slots or payload > len(body):
+    body, index, payload = f.body, f.segment, f.payloads()
+    if f.first + f.count > geometry.slots or payload > len(body):
         raise LogError(f"a frame of segment {index} does not fit")
-    _pwrite(fd, body[:payload], geometry.slot(index, first))
+    _pwrite(fd, body[: f.count * records.SIZE], geometry.slot(index, f.first))
     low, high = index * geometry.segment_size, (index + 1) * geometry.segment_size
     run_place, run_start, run_end = 0, payload, payload
-    for i in range(count):
+    for i in range(f.count):
         record = records.unpack(body[i * records.SIZE : (i + 1) * records.SIZE])
         if record is None:
             raise LogError(f"a record of segment {index} is damaged")
         if record.kind != records.Kind.WRITE:
             continue
-        if record.place < low or record.place + record.length > high or run_end + record.length > len(body):
+        length = whole_pages(record.length) if f.kind == Kind.PAGES else record.length
+        if record.place < low or record.place + length > high or run_end + length > len(body):
             raise LogError(f"a record of segment {index} points outside it")
         if record.place != run_place + run_end - run_start:
             _pwrite(fd, body[run_start:run_end], run_place)
             run_place, run_start = record.place, run_end
-        run_end += record.length
+        run_end += length
     _pwrite(fd, body[run_start:run_end], run_place)
 
 

@@ -37,6 +37,8 @@ MIB = 1 << 20
 _FRAME_BYTES = 4 * MIB
 _FRAME_SLOTS = 4096
 _AT_ONCE = 8 * MIB
+_PAGES_FROM = 256 << 10
+"""Bytes of payload from which a frame is written past the page cache."""
 _PAUSE = 0.02
 """Seconds for which changes are gathered where nobody waits for them."""
 _IDLE = 1.0
@@ -53,6 +55,7 @@ def chunks_of(geometry: Geometry) -> tuple[int, int]:
 
 class Chunk(Protocol):
     def write(self, buffers: list[memoryview | bytes], at: int) -> None: ...
+    def write_pages(self, buffers: list[memoryview], at: int) -> None: ...
     def sync(self) -> None: ...
     def close(self) -> None: ...
 
@@ -310,27 +313,42 @@ class DiskLog:
         """Records of a segment with their payloads, in frames of a bounded size."""
         raw = self._log.slots(s, first, end)
         begin, size = 0, 0
-        payload: list[memoryview | bytes] = []
-        last = -1
+        found: list[tuple[int, int]] = []
         for i in range(end - first):
             record = unpack(raw[i * SIZE : (i + 1) * SIZE])
             if record is not None and record.kind == RecordKind.WRITE:  # a stamped one is whole
-                if record.place == last:  # neighbours in the log leave as one buffer
-                    start = last - len(payload[-1])
-                    payload[-1] = self._log.view(start, len(payload[-1]) + record.length)
-                else:
-                    payload.append(self._log.view(record.place, record.length))
-                last = record.place + record.length
+                found.append((record.place, record.length))
                 size += record.length
             if size >= _FRAME_BYTES or i + 1 - begin >= _FRAME_SLOTS or i + 1 == end - first:
-                body = [raw[begin * SIZE : (i + 1) * SIZE], *payload]
-                self._room_for(size + (i + 1 - begin) * SIZE)
-                w = self._written[-1]
-                w.lives[s.index] = s.life
-                if first + begin == 0:
-                    self._since[s.index] = w.number
-                self._put(chunks.frame(self._seed, Kind.SLOTS, body, s.index, s.life, first + begin, i + 1 - begin))
-                begin, size, payload, last = i + 1, 0, [], -1
+                self._put_frame(s, first + begin, raw[begin * SIZE : (i + 1) * SIZE], found, size)
+                begin, size, found = i + 1, 0, []
+
+    def _put_frame(self, s: Segment, first: int, raw: memoryview, payloads: list[tuple[int, int]], size: int) -> None:
+        """Large payloads leave as whole pages, straight from the log to the disk."""
+        count = len(raw) // SIZE
+        in_pages = size >= _PAGES_FROM and size >= PAGE * len(payloads)
+        self._room_for(len(raw) + PAGE + (sum(chunks.whole_pages(n) for _, n in payloads) if in_pages else size))
+        w = self._written[-1]
+        w.lives[s.index] = s.life
+        if first == 0:
+            self._since[s.index] = w.number
+        if not in_pages:
+            views = [self._log.view(place, end - place) for place, end in _runs(payloads, 1)]
+            self._put(chunks.frame(self._seed, Kind.SLOTS, [raw, *views], s.index, s.life, first, count))
+            return
+        pages = [self._log.view(place, end - place) for place, end in _runs(payloads, PAGE)]
+        fill = -(self._at + chunks.FRAME + len(raw)) % PAGE
+        body: list[memoryview | bytes] = [raw, bytes(fill), *pages]
+        head = chunks.frame(self._seed, Kind.PAGES, body, s.index, s.life, first, count)
+        self._put(head[:3])
+        self._flush()
+        if self._chunk is not None:
+            self._chunk.write_pages(pages, self._at)
+        n = sum(map(len, pages))
+        self._at += n
+        self._out_at = self._at
+        self.bytes_written += n
+        self._unsynced = True
 
     def _put_journal(self, new: list[bytes], tail: int) -> None:
         part: list[memoryview | bytes] = []
@@ -431,3 +449,15 @@ class DiskLog:
         self._sync()
         del self._written[0]
         self._directory.remove([(self._epoch, oldest.number)])
+
+
+def _runs(payloads: list[tuple[int, int]], unit: int) -> list[tuple[int, int]]:
+    """The (place, end) of payloads in order, each filled up to whole units, neighbours together."""
+    out: list[tuple[int, int]] = []
+    for place, length in payloads:
+        end = place + length + -length % unit
+        if out and out[-1][1] == place:
+            out[-1] = out[-1][0], end
+        else:
+            out.append((place, end))
+    return out
