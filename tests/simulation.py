@@ -2,13 +2,19 @@
 
     python -m tests.simulation FIRST COUNT      runs the seeds FIRST .. FIRST + COUNT - 1; a failing one is named
 
-A seed chooses the changes, the faults of the store, and the steps at which the worker dies: before, within and after
+A seed chooses the changes, the faults of the store, whether there is a log on disk, and the steps at which the worker
+dies or the power is cut: before, within and after
 each record that is stamped, each segment that is recycled, each entry of the journal, each piece that reaches the
-store, each commit, each reply. Then the next worker takes over what outlives a process - log, journal, store - and
+store, each commit, each reply, each write and sync of the log on disk. Then the next worker takes over what outlives a
+process - log, journal, store - and
 
 - everything acknowledged is read back, with sizes and times; what was not answered was done or not done, never half;
 - what the kernel sends again then happens;
 - the store alone holds at every moment one point of each file's history, not before its last fsync (atomic stores).
+
+After a power cut the next mount has what the log on disk and the store have kept: of what was not synced any sector
+may be lost. Then each file is at one point of its history, not before its last fsync, whichever of the two answered
+that (in a store whose commits are not atomic: where fsync is the log's, or nothing followed it).
 """
 
 from __future__ import annotations
@@ -23,15 +29,18 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
+from tests.simulated_disk import PAGE, SimDirectory
 from wbfuse.journal import Journal
 from wbfuse.store.contract import Capabilities, Progress, Round
 from wbfuse.wire.types import Attr
 from wbfuse.writeback.cache import WritebackCache
 from wbfuse.writeback.cached_file import File
+from wbfuse.writeback.disk.load import load
+from wbfuse.writeback.disk.writer import DiskLog
 from wbfuse.writeback.engine import Engine
 from wbfuse.writeback.extents import HOLE
 from wbfuse.writeback.file import STORE
-from wbfuse.writeback.log import Log, LogFull
+from wbfuse.writeback.log import Log, LogError, LogFull
 from wbfuse.writeback.records import SIZE
 
 MAX_WRITE = 8192
@@ -89,6 +98,8 @@ class SimStore:
 
     def __init__(self, atomic: bool, steps: Steps, rng: random.Random) -> None:
         self.files = {ino: Content() for ino in FILES}
+        self.durable = dict(self.files)
+        """What a power cut leaves."""
         self.capabilities = Capabilities(atomic, 1 << 20, 1 << 40, group_bytes=MAX_WRITE if atomic else 0)
         self._steps = steps
         self._rng = rng
@@ -124,12 +135,36 @@ class SimStore:
             new[r.ino] = f.cut(r.size, r.mtime_ns)
         self._steps()
         self.files |= new
+        if self.capabilities.atomic_commit:
+            self.durable |= new
         self._steps()
         progress(sum(p.length for r in rounds for p in r.pieces))
 
     def sync(self, ino: int) -> None:
         self._steps()
         self._fault()
+        self.durable[ino] = self.files[ino]
+        self._steps()
+
+    def cut(self) -> None:
+        """Pages, size and mtime of what was not synced are any of both."""
+        for ino, now in self.files.items():
+            before = self.durable[ino]
+            a, b = before.data.ljust(LONGEST, b"\0"), now.data.ljust(LONGEST, b"\0")
+            pages = [self._rng.choice((a, b))[at : at + PAGE] for at in range(0, LONGEST, PAGE)]
+            size = len(self._rng.choice((before, now)).data)
+            mtime = self._rng.choice((before, now)).mtime_ns
+            self.files[ino] = self.durable[ino] = Content(b"".join(pages)[:size], mtime)
+
+
+class SimDisk(DiskLog):
+    """Its thread is whoever waits."""
+
+    def wait(self, sequence: int | None = None) -> None:
+        ended: list[int] = []
+        if not self.when_durable(ended.append, sequence):
+            while not ended:
+                self.step(sync=True)
 
 
 @contextmanager
@@ -165,6 +200,10 @@ def dying(steps: Steps) -> Iterator[None]:
         stack.enter_context(patch.object(Log, "_zero_records", stepped(zero)))
         stack.enter_context(patch.object(Journal, "_append", stepped(append)))
         stack.enter_context(patch("wbfuse.writeback.engine.log.warning"))
+        stack.enter_context(patch("wbfuse.writeback.disk.writer.log.error"))
+        stack.enter_context(patch("wbfuse.writeback.disk.writer.chunks_of", lambda _g: (0, 128 << 10)))
+        stack.enter_context(patch("wbfuse.writeback.disk.writer._FRAME_BYTES", 16 << 10))
+        stack.enter_context(patch("wbfuse.writeback.disk.writer._PAGES_FROM", 12 << 10))
         yield
 
 
@@ -180,10 +219,13 @@ class Change:
 
 @dataclass
 class Past:
-    """The history of a file: every state that it had, and which the last fsync has promised."""
+    """The history of a file: every state that it had, which the last fsync has promised, and the store's last one."""
 
     states: list[Content] = field(default_factory=lambda: [Content()])
     promised: int = 0
+    stored: int = 0
+    firm: bool = True
+    """The promise holds; else it is the last that was seen after a power cut, and nobody has asked for it since."""
 
 
 class Machine:
@@ -194,11 +236,21 @@ class Machine:
         self.steps = Steps()
         self.store = SimStore(self.rng.random() < 0.6, self.steps, self.rng)
         self.past = {ino: Past() for ino in FILES}
+        self.by_log = self.rng.random() < 0.5
+        """fsync may be answered by the log on disk."""
+        self.dark = False
+        """The last cut was one of the power, not only the keeper's death."""
+        self.faulty_disk = self.rng.random() < 0.2
+        self.directory = SimDirectory(self.steps, self._disk_fault) if self.rng.random() < 0.5 else None
         self.now = 1000.0
         self.uniques = 0
-        self.deaths = 0
+        self.deaths = self.cuts = 0
         self._fds: dict[str, int] = {}
         self._start()
+
+    def _disk_fault(self) -> None:
+        if self.faulty_disk and self.rng.random() < 0.1:
+            raise OSError(errno.EIO, "by chance")
 
     # lives
 
@@ -222,24 +274,75 @@ class Machine:
         else:
             for ino, records in self.cache.inherited().items():
                 self.engine.take_over(ino, records)
+        if self.directory is not None:
+            self.engine.sync_each = self.by_log
+            self.cache.disk = self.disk = SimDisk(
+                self.directory, self.cache.log, self.journal, self.cache.lock, self.cache.freed, {"uuid": "0" * 32}
+            )
 
-    def _next_life(self) -> None:
-        """Workers die until one has taken over."""
+    def _power_cut(self) -> None:
+        """The machine is off, or only the keeper is gone; then the log on disk is all that is left beside the store."""
+        assert self.directory is not None
+        self.cuts += 1
+        self.dark = self.rng.random() < 0.8
+        if self.dark:
+            self.directory.cut(self.rng)
+            self.store.cut()
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+        try:
+            loaded = load(self.directory)  # type: ignore[arg-type]
+        except LogError as e:
+            raise AssertionError(f"after a power cut: {e}") from e
+        if loaded is not None:
+            self._fds = {"log": loaded.log, "journal": loaded.journal}
+
+    def _next_life(self) -> bool:
+        """Workers die until one has taken over. Whether the power was cut meanwhile."""
+        cut = False
         while True:
             self.deaths += 1
             assert self.deaths < 50
             self._check_store()
-            self.cache.log.close()
+            self._end()
+            if self.directory is not None and self.rng.random() < 0.4:
+                self._power_cut()
+                cut = True
             if self.rng.random() < 0.3:
                 self.steps.left = self.rng.randrange(1, 60)
             try:
                 self._start()
             except Crash:
                 continue
-            return
+            if cut:
+                self._check_cut()
+            return cut
+
+    def _check_cut(self) -> None:
+        """Each file is at a point of its history that nobody has been promised to be behind; it goes on from there."""
+        for ino, past in self.past.items():
+            seen = self._seen(ino)
+            tight = self.store.capabilities.atomic_commit or self.by_log
+            # A log that could not be written is gone; what it had promised is being written back when the power goes.
+            lost = self.directory is not None and self.directory.gone
+            promised = past.stored if lost else past.promised
+            if lost and not self.store.capabilities.atomic_commit:
+                pass
+            elif tight or (past.firm and past.promised == len(past.states) - 1):
+                assert seen in past.states[promised:], f"{ino}: after a power cut: no point of its history"
+            past.states.append(seen)
+            if self.dark:  # what is left is on the platter
+                past.promised, past.firm = len(past.states) - 1, tight
+
+    def _end(self) -> None:
+        """Close what the worker had, once."""
+        if self.cache is not None:
+            self.cache.log.close()
+            self.cache = None  # type: ignore[assignment]
 
     def close(self) -> None:
-        self.cache.log.close()
+        self._end()
         for fd in self._fds.values():
             os.close(fd)
 
@@ -316,31 +419,65 @@ class Machine:
                 self.steps()
                 return
             except Crash:
-                self._next_life()
+                if self._next_life():
+                    return  # who asked is gone as well
                 seen = self._seen(change.ino)
                 assert seen in past.states[-2:], "neither done nor undone"
                 past.states.append(seen)
                 after = change.after(seen)
 
-    def _fsync(self, ino: int) -> None:
+    def _fsync(self, ino: int, by_log: bool = True) -> None:
         while True:
             wanted = len(self.past[ino].states) - 1
             said: list[int] = []
+            logged = False
             try:
                 f = self.cache.files.get(ino)
-                if f is not None and not self.cache.sync(f, said.append):
+                if f is None:
+                    self._sync_clean(ino, said)
+                elif by_log and self._by_log(f, said):
+                    logged = True
+                elif not self.cache.sync(f, said.append):
                     while not said:
                         self._drive()
                 self.steps()
             except Crash:
-                self._next_life()
+                if self._next_life():
+                    return
                 continue
             if not said or not said[0]:
-                self.past[ino].promised = wanted
+                self.past[ino].promised, self.past[ino].firm = wanted, True
+                if not logged:
+                    self.past[ino].stored = wanted
             return
+
+    def _sync_clean(self, ino: int, said: list[int]) -> None:
+        try:
+            self.store.sync(ino)
+        except OSError as e:
+            said.append(e.errno or errno.EIO)
+
+    def _by_log(self, f: File, said: list[int]) -> bool:
+        """As CachedFileSystem has it: whether the log on disk has answered."""
+        if self.directory is None or not self.by_log or self.disk.broken or self.rng.random() < 0.2:
+            return False
+        if f.synced != f.version:
+            try:
+                self.engine.sync_now(f)
+            except OSError as e:
+                said.append(e.errno or errno.EIO)
+                return True
+        if not self.disk.when_durable(said.append, self.cache.newest(f)):
+            while not said:
+                self.disk.step(sync=True)
+            if said.pop():
+                return False
+        return not self.disk.broken
 
     def _drive(self) -> None:
         """Write-back goes on; where nothing is due, time does."""
+        if self.directory is not None and self.rng.random() < 0.5:
+            self.disk.step(sync=self.rng.random() < 0.3)
         with self.cache.lock:
             self.cache.clean()
         if not self.engine.step():
@@ -377,7 +514,7 @@ class Machine:
     def _check_store(self) -> None:
         if self.store.capabilities.atomic_commit:
             for ino, past in self.past.items():
-                assert self.store.files[ino] in past.states[past.promised :], f"{ino}: no point of its history"
+                assert self.store.files[ino] in past.states[past.stored :], f"{ino}: no point of its history"
 
     def _check(self) -> None:
         for ino, past in self.past.items():
@@ -404,7 +541,7 @@ class Machine:
         self.store.faults = 0
         self.steps.left = -1
         for ino in FILES:
-            self._fsync(ino)
+            self._fsync(ino, by_log=False)
         self._check()
         for ino, past in self.past.items():
             assert self.store.files[ino] == past.states[-1], f"{ino}: not in the store after fsync"
@@ -417,8 +554,8 @@ class Machine:
             self._check()
 
 
-def simulate(seed: int) -> tuple[int, int]:
-    """Run a seed. Answers (steps passed, deaths). Raises AssertionError with the seed's number."""
+def simulate(seed: int) -> tuple[int, int, int]:
+    """Run a seed. Answers (steps passed, deaths, power cuts). Raises AssertionError with the seed's number."""
     machine = None
     steps = Steps()
     with dying(steps):
@@ -427,7 +564,7 @@ def simulate(seed: int) -> tuple[int, int]:
             steps_of = machine.steps
             steps.__dict__ = steps_of.__dict__  # what is patched counts the same steps
             machine.run()
-            return steps_of.passed, machine.deaths
+            return steps_of.passed, machine.deaths, machine.cuts
         except AssertionError as e:
             raise AssertionError(f"seed {seed}: {e}") from e
         finally:
@@ -437,13 +574,13 @@ def simulate(seed: int) -> tuple[int, int]:
 
 def main() -> None:
     first, count = int(sys.argv[1]), int(sys.argv[2])
-    steps = deaths = 0
+    steps = deaths = cuts = 0
     for seed in range(first, first + count):
-        passed, died = simulate(seed)
-        steps, deaths = steps + passed, deaths + died
+        passed, died, cut = simulate(seed)
+        steps, deaths, cuts = steps + passed, deaths + died, cuts + cut
         if sys.stderr.isatty() and seed % 50 == 0:
             print(f"\r{seed - first} of {count} seeds", end="", file=sys.stderr, flush=True)
-    print(f"{count} seeds: {steps} steps, {deaths} deaths of workers")
+    print(f"{count} seeds: {steps} steps, {deaths} deaths of workers, {cuts} power cuts or deaths of keepers")
 
 
 if __name__ == "__main__":

@@ -4,26 +4,59 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 
 import pytest
 
-from tests.simulation import LOG, MAX_WRITE, Machine, simulate
+from tests.simulated_disk import SimChunk
+from tests.simulation import LOG, MAX_WRITE, Machine, SimDisk, simulate
 from wbfuse.journal import Journal
 from wbfuse.store.contract import FencedError
 from wbfuse.writeback.cache import WritebackCache
+from wbfuse.writeback.disk import format as stream
 from wbfuse.writeback.engine import Engine
 from wbfuse.writeback.log import Log
 
 SEEDS = int(os.environ.get("WBFUSE_SEEDS", "300"))
 
 
-def run(seeds: int) -> int:
-    """Answers how many workers died."""
-    return sum(simulate(seed)[1] for seed in range(seeds))
+def run(seeds: int) -> tuple[int, int]:
+    """Answers how many workers died, and how often the power was cut."""
+    found = [simulate(seed) for seed in range(seeds)]
+    return sum(f[1] for f in found), sum(f[2] for f in found)
 
 
-def test_workers_that_die_at_any_step_lose_nothing() -> None:
-    assert run(SEEDS) > 3 * SEEDS
+def test_workers_and_machines_that_die_at_any_step_lose_nothing() -> None:
+    deaths, cuts = run(SEEDS)
+    assert deaths > 3 * SEEDS
+    assert cuts > SEEDS
+
+
+def test_the_simulation_finds_a_store_that_is_ahead_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is older than what the store has would be replayed over it."""
+    monkeypatch.setattr(SimDisk, "wait", lambda self, sequence=None: None)
+    with pytest.raises(AssertionError, match="after a power cut"):
+        run(300)
+
+
+def test_the_simulation_finds_a_log_that_is_not_synced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SimChunk, "sync", lambda self: None)
+    with pytest.raises(AssertionError, match="after a power cut"):
+        run(300)
+
+
+def test_the_simulation_finds_half_a_batch_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def frames(chunk: memoryview, seed: int) -> Iterator[stream.Frame]:
+        for f in whole(chunk, seed):
+            yield f
+            if f.kind != stream.Kind.COMMIT:  # it counts at once
+                body = memoryview(bytes(8))
+                yield stream.Frame(stream.Kind.COMMIT, 0, 0, 0, 0, body, f.begin, f.end)
+
+    whole = stream.frames
+    monkeypatch.setattr(stream, "frames", frames)
+    with pytest.raises(AssertionError, match="after a power cut"):
+        run(1000)
 
 
 def test_the_simulation_finds_a_floor_that_is_not_stamped(monkeypatch: pytest.MonkeyPatch) -> None:

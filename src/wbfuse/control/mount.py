@@ -229,7 +229,7 @@ class Mount:
 
         kernel_writeback = spec.kernel_cache == "writeback"
         fs = Draining(store, self.cache, self.engine, kernel_writeback, direct, wait, self.journal)
-        fs.fsync_by_log = spec.fsync == "log"
+        fs.fsync_by_log = self.engine.sync_each = spec.fsync == "log"
         fs.on_stopped = self._end_log
         return fs
 

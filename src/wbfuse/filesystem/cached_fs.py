@@ -97,8 +97,6 @@ class CachedFileSystem(StoreFileSystem):
         """Also replays the log."""
         for ino, records in self.cache.inherited().items():
             self.engine.take_over(ino, records)
-        for f in self.cache.files.values():
-            f.promised = self.fsync_by_log
         super().take_over()
 
     def _take_over(self, handle: Handle) -> None:
@@ -418,7 +416,6 @@ class CachedFileSystem(StoreFileSystem):
         if not self.fsync_by_log or disk is None or disk.broken:
             return False
         with self.cache.lock:
-            f.promised = True
             behind = f.synced != f.version
         if behind:
             if not request.blocking:

@@ -25,7 +25,7 @@ class File:
 
     __slots__ = (
         "attr", "attr_version", "bare", "copying", "core", "error", "error_sequence", "failures", "fenced", "ino",
-        "marked", "opens", "promised", "retry_at", "synced", "syncing", "unlinked", "version", "waiters",
+        "marked", "opens", "retry_at", "synced", "syncing", "unlinked", "version", "waiters",
     )  # fmt: skip
 
     def __init__(self, ino: int, attr: Attr, seal_bytes: int, seal_early: bool) -> None:
@@ -51,8 +51,6 @@ class File:
         """The store copies into it: no round may begin."""
         self.version = 1
         """Counts what the store was given. What it was given before this state began may not be durable: so 1."""
-        self.promised = False
-        """An fsync was answered from the log on disk: what is committed must be durable before the log forgets it."""
         self.synced = 0
         """The version that the store has made durable."""
         self.unlinked = False

@@ -69,6 +69,8 @@ class Engine:
         """Called, from a committer, with (ino, size, pieces of each generation) of a file that was fenced."""
         self.on_defect: Callable[[], None] | None = None
         """Called, from a committer, when it cannot go on: without it write-back would stop unseen."""
+        self.sync_each = False
+        """Make every round durable before the log forgets it: fsync is answered from a log on disk."""
         self.full_timeout = math.inf
         """Seconds after which a direct WRITE that finds no room in the log is refused with ENOSPC."""
         self._told = 0.0
@@ -368,7 +370,7 @@ class Engine:
             f.version += 1
             if f.attr_version == seen:  # else somebody has set a mode or owner since, and knows better
                 f.set_attr(attr)
-            waited_for = f.promised or any(w.generation <= g.number for w in f.waiters)
+            waited_for = self.sync_each or any(w.generation <= g.number for w in f.waiters)
         error = self._sync(f) if waited_for else 0
         return {f.ino: error} if error else {}
 

@@ -1,0 +1,116 @@
+"""A directory of a log on disk in memory, that forgets what was not synced when the power is cut."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+PAGE = 4096
+SECTOR = 512
+
+
+class SimChunk:
+    """A file: what is in the page cache, and what is on the platter."""
+
+    def __init__(self, size: int, steps: Callable[[], None]) -> None:
+        self.cached = bytearray(size)
+        self.durable = bytearray(size)
+        self.dirty: set[int] = set()
+        """Sectors that differ, or may."""
+        self._steps = steps
+
+    def write(self, buffers: Sequence[Any], at: int) -> None:
+        data = b"".join(map(bytes, buffers))
+        assert at + len(data) <= len(self.cached), "beyond the end of the chunk"
+        self._steps()
+        half = len(data) // 2
+        self._put(data[:half], at)
+        self._steps()  # a worker may die in the middle of it
+        self._put(data[half:], at + half)
+        self._steps()
+
+    def write_pages(self, buffers: Sequence[Any], at: int) -> None:
+        assert at % PAGE == 0
+        assert all(len(b) % PAGE == 0 for b in buffers)
+        self.write(buffers, at)
+
+    def _put(self, data: bytes, at: int) -> None:
+        self.cached[at : at + len(data)] = data
+        if data:
+            self.dirty.update(range(at // SECTOR, (at + len(data) - 1) // SECTOR + 1))
+
+    def sync(self) -> None:
+        self._steps()
+        self.durable[:] = self.cached
+        self.dirty.clear()
+        self._steps()
+
+    def close(self) -> None: ...
+
+    def cut(self, rng: random.Random) -> None:
+        """Of the sectors that were not synced any may be lost; those of a page mostly share their fate."""
+        for page in {sector * SECTOR // PAGE for sector in self.dirty}:
+            lost, torn = rng.random() < 0.5, rng.random() < 0.2
+            for sector in range(page * PAGE // SECTOR, (page + 1) * PAGE // SECTOR):
+                if rng.random() < 0.5 if torn else lost:
+                    at = sector * SECTOR
+                    self.cached[at : at + SECTOR] = self.durable[at : at + SECTOR]
+        self.durable[:] = self.cached
+        self.dirty.clear()
+
+
+class SimDirectory:
+    """As writer.Directory and load want it. Names are durable at once, as the real one's are."""
+
+    path = "simulated"
+
+    def __init__(self, steps: Callable[[], None], fault: Callable[[], None]) -> None:
+        self._steps = steps
+        self._fault = fault
+        self._manifest: dict[str, Any] | None = None
+        self.gone = False
+        """It was withdrawn, and no other has begun."""
+        self._chunks: dict[tuple[int, int], SimChunk] = {}
+        self._spares: list[SimChunk] = []
+
+    def manifest(self) -> dict[str, Any] | None:
+        return self._manifest
+
+    def publish(self, manifest: dict[str, Any]) -> None:
+        self._steps()
+        self._fault()
+        self._manifest = manifest
+        self.gone = False
+        self._steps()
+
+    def withdraw(self) -> None:
+        self._steps()
+        self._manifest = None
+        self.gone = True
+        self._steps()
+        self.remove(self.chunks())
+
+    def chunks(self) -> list[tuple[int, int]]:
+        return sorted(self._chunks)
+
+    def create(self, epoch: int, number: int, size: int) -> SimChunk:
+        self._fault()
+        spare = self._spares.pop() if self._spares else SimChunk(size, self._steps)
+        spare._steps = self._steps
+        assert (epoch, number) not in self._chunks
+        self._chunks[epoch, number] = spare
+        self._steps()
+        return spare
+
+    def remove(self, chunks: Sequence[tuple[int, int]]) -> None:
+        for chunk in list(chunks):
+            self._steps()
+            self._spares.append(self._chunks.pop(chunk))
+
+    def view(self, epoch: int, number: int) -> memoryview:
+        return memoryview(bytes(self._chunks[epoch, number].cached))
+
+    def cut(self, rng: random.Random) -> None:
+        for chunk in [*self._chunks.values(), *self._spares]:
+            chunk.cut(rng)
