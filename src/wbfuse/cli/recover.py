@@ -1,4 +1,4 @@
-"""`wbfuse recover`: what a mount had to set aside because another host had taken its files over."""
+"""`wbfuse recover`: what a mount had to set aside, and what is in a log on disk."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import time
 import click
 
 from wbfuse.cli.units import show_size
+from wbfuse.writeback.disk.directory import Directory
+from wbfuse.writeback.disk.format import DamagedError
+from wbfuse.writeback.disk.load import load
 from wbfuse.writeback.log import LogError
 from wbfuse.writeback.quarantine import Kept, default_directory, discard, entries, write_out
 from wbfuse.writeback.quarantine import export as export_entry
-from wbfuse.writeback.salvage import dirty_files
+from wbfuse.writeback.salvage import dirty_files, in_memory
 
 
 def _line(kept: Kept) -> str:
@@ -23,12 +26,14 @@ def _line(kept: Kept) -> str:
     return f"{kept.name}  {when}  {show_size(size)} of {m['path'] or 'inode ' + str(m['ino'])} in {m['source']}"
 
 
-def _of_a_log(images: tuple[str, str], directory: str | None) -> None:
-    """Show the dirty files of a log; with `directory`, write them there under their numbers."""
+def _of_a_log(log: int, journal: int, directory: str | None) -> int:
+    """Show the dirty files of a log; with `directory`, write them there under their numbers. Answers how many."""
+    count = 0
     try:
         if directory is not None:
             os.makedirs(directory, exist_ok=True)
-        for dirty in dirty_files(*images):
+        for dirty in dirty_files(log, journal):
+            count += 1
             size = sum(piece.length for pieces in dirty.rounds for piece in pieces)
             click.echo(f"  {show_size(size)} of {dirty.path or 'inode ' + str(dirty.ino)}")
             if directory is not None:
@@ -37,20 +42,59 @@ def _of_a_log(images: tuple[str, str], directory: str | None) -> None:
                 click.echo(f"    exported to {target}: " + ", ".join(f"{a} to {b}" for a, b in ranges))
     except OSError as e:
         raise click.ClickException(f"{e.filename or directory}: {e.strerror}") from e
+    return count
+
+
+def _log_on_disk(path: str, export: str | None, throw: bool) -> None:
+    """The same of a directory of `mount --log`."""
+    directory = Directory(path)
+    try:
+        manifest = directory.manifest()
+    except DamagedError as e:
+        manifest = {"source": "?"}
+        click.echo(str(e), err=True)
+    if manifest is None:
+        raise click.UsageError(f"{path}: no log is here")
+    click.echo(f"{path}: the log of {manifest['source']}")
+    try:
+        loaded = load(directory)
+        if loaded is not None and not _of_a_log(loaded.log, loaded.journal, export):
+            click.echo("  nothing that the store has not")
     except LogError as e:
-        raise click.ClickException(str(e)) from e
+        if not throw:
+            raise
+        click.echo(f"{e}", err=True)
+    if throw:
+        click.confirm(f"remove the log {path} for good?", abort=True)
+        click.confirm("what was written and is not in the store is lost then; really?", abort=True)
+        directory.withdraw()
+        directory.clear()
+        click.echo("removed")
 
 
 @click.command()
 @click.argument("name", required=False)
 @click.option("--export", type=click.Path(), metavar="FILE", help="Copy the entry's bytes to FILE, at their offsets.")
-@click.option("--discard", "throw", is_flag=True, help="Remove the entry. Asks first.")
+@click.option("--discard", "throw", is_flag=True, help="Remove the entry. Asks first; of a log on disk twice.")
 def recover(name: str | None, export: str | None, throw: bool) -> None:
-    """Show what is in quarantine, or the entry NAME: dirty data of files that another host has taken over.
+    """Show what is in quarantine, the entry NAME there, or what a log on disk has (NAME is its directory, with a /).
+
+    In quarantine is dirty data that could not be brought to its store: of files that another host has taken over, of
+    mounts that were told to end or whose server died too often.
 
     --export gives a sparse file with the bytes that were written, and holes where nothing was; the ranges are shown. Of
-    a whole log (a mount whose server died too often) it gives a directory with such a file for each.
+    a whole log it gives a directory with such a file for each.
     """
+    try:
+        if name is not None and "/" in name:
+            _log_on_disk(name, export, throw)
+        else:
+            _quarantined(name, export, throw)
+    except LogError as e:
+        raise click.ClickException(str(e)) from e
+
+
+def _quarantined(name: str | None, export: str | None, throw: bool) -> None:
     found = entries(default_directory())
     if name is None:
         if export or throw:
@@ -68,7 +112,8 @@ def recover(name: str | None, export: str | None, throw: bool) -> None:
     for start, end in kept.manifest["ranges"]:
         click.echo(f"  bytes {start} to {end}")
     if kept.images is not None:
-        _of_a_log(kept.images, export)
+        log, journal = map(in_memory, kept.images)
+        _of_a_log(log, journal, export)
     elif export:
         if os.path.lexists(export):
             raise click.UsageError(f"{export}: is there already")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import socket
 import uuid
 from typing import TYPE_CHECKING, Any
 
 from wbfuse.store.directory import nodes, syscalls
 from wbfuse.writeback.cache import WritebackCache
-from wbfuse.writeback.disk.directory import Directory
+from wbfuse.writeback.disk.directory import MANIFEST, Directory
 from wbfuse.writeback.disk.load import Loaded, load
 from wbfuse.writeback.disk.writer import DiskLog, chunks_of
 from wbfuse.writeback.log import Geometry, LogError
@@ -41,6 +43,34 @@ def _statx(path: str) -> syscalls.Identity:
         os.close(fd)
 
 
+def is_note_of(note: str | None, number: str) -> bool:
+    """Whether a store's note is about this log."""
+    try:
+        return note is not None and json.loads(note)["uuid"] == number
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def unwritten(note: str) -> str:
+    """How to bring in what the log of a note has; empty where it has ended, or is not to be reached from here."""
+    try:
+        found = json.loads(note)
+        path, host, number = str(found["path"]), str(found["host"]), str(found["uuid"])
+    except (ValueError, KeyError, TypeError):
+        return ""
+    if host != socket.gethostname():
+        return ""
+    try:
+        with open(os.path.join(path, MANIFEST), encoding="utf-8") as f:
+            there = is_note_of(f.read(), number)
+    except FileNotFoundError:
+        there = not os.path.isdir(path)  # it may be mounted later
+    except (OSError, ValueError):
+        there = True
+    how = f"the log {path}: mount with --log {path}, or give that up with: wbfuse recover {path} --discard"
+    return how if there else ""
+
+
 class LogDirectory:
     """The directory of `--log`, and what was found in it. `fd`: as the keeper has kept it, with its lock.
 
@@ -67,6 +97,15 @@ class LogDirectory:
             self.loaded = load(self.directory, lambda table: adapt(table, device))
             if self.loaded is not None:
                 log.info("%s: %d files have what the store has not", path, self.loaded.dirty)
+
+    @property
+    def uuid(self) -> str:
+        return str(self._manifest["uuid"])
+
+    @property
+    def note(self) -> str:
+        """For the store, which tells it to whoever mounts it next."""
+        return json.dumps({"uuid": self.uuid, "path": self.directory.path, "host": socket.gethostname()})
 
     def writer(self, cache: WritebackCache) -> DiskLog:
         """To be started. Raises LogError where there is no room."""

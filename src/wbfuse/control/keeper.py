@@ -31,8 +31,8 @@ from wbfuse.writeback import quarantine
 
 log = logging.getLogger(__name__)
 
-LOST = 1
-"""Exit status of a mount that was told to end and gave up bytes."""
+LEFT = 1
+"""Exit status of a mount that was told to end before everything was in the store."""
 FAILED = 2
 RESTART, NOT_YET = 75, 76
 """Exit status of a worker that asks for a new one: at once; in a while, because the store is not there."""

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 from wbfuse.control import paths
-from wbfuse.control.disk import LogDirectory
+from wbfuse.control.disk import LogDirectory, is_note_of, unwritten
 from wbfuse.control.keeper import GIVEN_UP, RESTART
 from wbfuse.control.server import ControlServer, Message
 from wbfuse.filesystem.cached_fs import CachedFileSystem
@@ -36,6 +36,7 @@ from wbfuse.writeback.cache import WritebackCache
 from wbfuse.writeback.disk.writer import DiskLog
 from wbfuse.writeback.engine import Engine
 from wbfuse.writeback.limits import MAX_PAUSE
+from wbfuse.writeback.log import LogError
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def open_store(spec: Spec, journal: Journal, kept: dict[str, int]) -> Store:
     if spec.is_volume:
         from wbfuse.store.volume import Tuning, VolumeStore  # SQL and object stores take their time to import
 
-        return VolumeStore(spec.source, Tuning(**spec.tuning), log.warning, journal, os.getppid())
+        return VolumeStore(spec.source, Tuning(**spec.tuning), log.warning, journal, os.getppid(), unwritten)
     return DirectoryStore(spec.source, spec.read_only, journal, kept.get("source"))
 
 
@@ -130,8 +131,9 @@ class Mount:
         self._impatient = threading.Event()
         self._warned = False
         self._written_at_stop = 0
-        self.lost = 0
-        """Bytes that were given up at the end."""
+        self.left = 0
+        """Bytes that are not in the store at the end."""
+        self.where_left = "are lost"
         self.alone = threading.Event()
         """The keeper is gone."""
         self._aside: list[str] = []
@@ -152,9 +154,10 @@ class Mount:
         self.engine: Engine | None = None
         try:
             self.fs = self._build(store)
+            self._compare_notes(first, loaded is not None)
             if kept:
                 self.fs.take_over()
-            self._begin_log()
+            self._begin_log(first)
             if agreed is not None:
                 self.path = spec.mountpoint
                 self.session = resume(self.fs, kept["fuse"], Agreement.decode(agreed), self._debug)
@@ -165,6 +168,7 @@ class Mount:
                 )
         except BaseException:
             if first:  # else the next worker goes on with it, and with its session
+                self._end_log(keep=loaded is not None)
                 store.close()
             raise
         self.session.on_defect = _die
@@ -230,24 +234,42 @@ class Mount:
         kernel_writeback = spec.kernel_cache == "writeback"
         fs = Draining(store, self.cache, self.engine, kernel_writeback, direct, wait, self.journal)
         fs.fsync_by_log = self.engine.sync_each = spec.fsync == "log"
-        fs.on_stopped = self._end_log
+        fs.on_stopped = lambda: self._end_log(keep=bool(self.left))
         return fs
 
-    def _begin_log(self) -> None:
+    def _compare_notes(self, first: bool, loaded: bool) -> None:
+        """The log on disk must be the one that the store knows of. Raises LogError."""
+        if not first:
+            return
+        note = self._store.noted_log()
+        ours = self._log_dir is not None and is_note_of(note, self._log_dir.uuid)
+        if loaded and not ours:
+            path = self.spec.log_dir
+            raise LogError(
+                f"{path}: {self.spec.name} was changed without this log, so what it holds is not brought in;"
+                f" see: wbfuse recover {path}"
+            )
+        if note is not None and not ours and (how := unwritten(note)):
+            raise LogError(f"{self.spec.name}: the last mount left data in {how}")
+
+    def _begin_log(self, first: bool) -> None:
         if self._log_dir is not None and self.cache is not None:
-            self.cache.disk = self.disk = self._log_dir.writer(self.cache)
+            writer = self._log_dir.writer(self.cache)
+            if first:
+                self._store.note_log(self._log_dir.note)
+            self.cache.disk = self.disk = writer
             self.disk.start()
 
-    def _end_log(self) -> None:
+    def _end_log(self, keep: bool = False) -> None:
         """The log on disk goes where the store has everything; else it is what is left."""
         if self.disk is None or self._log_dir is None:
             return
         self.disk.stop()
-        if self.lost:
-            log.error("what is left is in the log; mount %s again with --log %s", self.spec.name, self.spec.log_dir)
+        if keep:
             return
         try:
             self._log_dir.directory.withdraw()
+            self._store.note_log(None)
             self._log_dir.directory.clear()
         except OSError as e:  # replaying it again would do no harm
             log.warning("%s: the log could not be removed: %s", self.spec.log_dir, e)
@@ -255,7 +277,7 @@ class Mount:
     def _set_aside(self, ino: int, size: int, rounds: list[list[Piece]]) -> None:
         """Dirty data of a file that another host has taken over goes to quarantine."""
         try:
-            path = self._store.path_of(ino)
+            path = "" if self.impatient else self._store.path_of(ino)  # which may wait for what does not answer
         except OSError:
             path = ""  # the database may be just what cannot be reached
         directory = quarantine.default_directory()
@@ -376,9 +398,18 @@ class Mount:
             left = int(self.cache.status()["dirty_bytes"])
             log.error("%d bytes are not durable: %s; trying again", left, why)
             if self._impatient.wait(1.0):
-                self.lost = max(left, 1)
-                log.error("told to end: %d bytes are lost", left)
+                self.left = max(left, 1)
+                self._rescue()
                 return
+
+    def _rescue(self) -> None:
+        """Keep what could not be written, as far as that goes."""
+        if self.spec.log_dir is not None and self.disk is not None and not self.disk.broken:
+            where = self.spec.log_dir
+            self.where_left = f"are in the log; to bring them in: wbfuse mount {self.spec.name} ... --log {where}"
+        elif self.engine is not None and self.engine.rescue():
+            self.where_left = "are in quarantine; see: wbfuse recover"
+        log.error("told to end: %d bytes %s", self.left, self.where_left)
 
     # the control socket
 
@@ -477,6 +508,6 @@ class Mount:
             return
         while not self.session.ended.wait(0.1):
             yield {"left": int(self.cache.status()["dirty_bytes"]) if self.cache is not None else 0}
-        if self.lost:
-            raise OSError(f"{self.lost} bytes could not be written and are lost")
+        if self.left:
+            raise OSError(f"{self.left} bytes could not be written and {self.where_left}")
         yield {"done": True}

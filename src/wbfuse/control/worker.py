@@ -59,7 +59,7 @@ def run(channel: socket.socket) -> int:
     served.wait()
     for thread in ending:
         thread.join()
-    code = keeper.LOST if served.lost else 0
+    code = keeper.LEFT if served.left else 0
     with contextlib.suppress(OSError):  # the keeper is gone
         channel.send(json.dumps({"over": code}).encode())
     return code

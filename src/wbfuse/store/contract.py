@@ -215,6 +215,13 @@ class Store(ABC):
         """What status shows of the store itself."""
         return {}
 
+    def note_log(self, note: str | None) -> None:  # noqa: B027 - only a store that outlives a power cut needs one
+        """From here on, durably: where the log on disk is that has what this store has not. None: there is none."""
+
+    def noted_log(self) -> str | None:
+        """What was noted last, also by a mount that is gone."""
+        return None
+
     def path_of(self, ino: int) -> str:
         """A path of the file, for people; empty where nobody knows."""
         return ""

@@ -486,6 +486,25 @@ class Engine:
         if forget:
             cache.drop(f.ino)
 
+    def rescue(self) -> bool:
+        """The mount ends with dirty data: keep all of it. Whether that worked."""
+        cache, whole = self.cache, True
+        for f in list(cache.files.values()):
+            with cache.lock:
+                gone = list(f.core.generations)
+                pinned = cache.log.pin(place for g in gone for place in g.extents.places())
+                pieces = [plan(g.extents, 1 << 30, cache.log.view) for g in gone]
+            try:
+                if gone and self.keep is not None:
+                    self.keep(f.ino, f.core.size, pieces)
+            except Exception:  # whatever it is, the others may still be kept
+                log.exception("node %d could not be set aside", f.ino)
+                whole = False
+            finally:
+                with cache.lock:
+                    cache.log.unpin(pinned)
+        return whole
+
     def _set_aside(self, f: File) -> None:
         """Put what can never be committed where it can be found again. While that fails the log keeps it."""
         cache = self.cache

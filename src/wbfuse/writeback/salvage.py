@@ -1,4 +1,4 @@
-"""What is in the log of a mount that nobody serves any more: its dirty files, read from images of log and journal."""
+"""What is in the log of a mount that nobody serves any more: its dirty files, read from log and journal."""
 
 from __future__ import annotations
 
@@ -37,22 +37,23 @@ class _NoStore:
     def hold(self, _ino: int) -> None: ...
 
 
-def dirty_files(log_path: str, journal_path: str) -> Iterator[Dirty]:
-    """The dirty files in these images, which are not changed. Their pieces hold while one is looked at.
+def dirty_files(log_fd: int, journal_fd: int) -> Iterator[Dirty]:
+    """The dirty files in these memory files (owned from now on). Their pieces hold while one is looked at.
 
-    Raises LogError where the images are none.
+    Raises LogError where they are none.
     """
-    journal = Journal(_in_memory(journal_path))
+    journal = Journal(journal_fd)
     nodes = {ino: unpack(ino, entry).places for ino, entry in journal.inherited(Entry.NODE).items()}
     store: Any = _NoStore()
-    cache = WritebackCache(store, 0, 0, 0, journal=journal, log_fd=_in_memory(log_path))
+    cache = WritebackCache(store, 0, 0, 0, journal=journal, log_fd=log_fd)
     for ino, found in cache.inherited().items():
         f: File = cache.replay(ino, Attr(ino, 0), found)
         rounds = [plan(g.extents, 1 << 30, cache.log.view) for g in f.core.generations]
         yield Dirty(ino, _path(nodes, ino), f.core.size, rounds)
 
 
-def _in_memory(path: str) -> int:
+def in_memory(path: str) -> int:
+    """A copy of a file that `dirty_files` may have. Raises OSError."""
     fd = os.memfd_create("wbfuse-image", os.MFD_CLOEXEC)
     with open(path, "rb") as f:
         size = os.fstat(f.fileno()).st_size

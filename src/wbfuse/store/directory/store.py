@@ -30,6 +30,7 @@ from wbfuse.wire.types import Attr, Dirent, Statfs
 
 PRIVATE = b".wbfuse"
 _ORPHANS = b"orphans"
+_LOG = b"log"
 _DIR_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _GETDENTS = 8192
 
@@ -99,6 +100,37 @@ class DirectoryStore(DirectoryData, Store):
                 self._in_private(lambda fd: os.rmdir(_ORPHANS, dir_fd=fd))
                 os.rmdir(PRIVATE, dir_fd=self._root.n)
         fcntl.flock(self._root.n, fcntl.LOCK_UN)
+
+    # the log on disk
+
+    def note_log(self, note: str | None) -> None:
+        if note is None:
+            with contextlib.suppress(FileNotFoundError):
+                self._in_private(lambda fd: os.unlink(_LOG, dir_fd=fd))
+                with contextlib.suppress(OSError):  # not empty: the orphanage is there
+                    os.rmdir(PRIVATE, dir_fd=self._root.n)
+            os.fsync(self._root.n)
+            return
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(PRIVATE, 0o700, dir_fd=self._root.n)
+        private = Fd(os.open(PRIVATE, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._root.n))
+        making = _LOG + b".new"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(making, flags, 0o600, dir_fd=private.n), "w", encoding="utf-8") as out:
+            out.write(note)
+            out.flush()
+            os.fsync(out.fileno())
+        os.rename(making, _LOG, src_dir_fd=private.n, dst_dir_fd=private.n)
+        os.fsync(private.n)
+        os.fsync(self._root.n)
+
+    def noted_log(self) -> str | None:
+        try:
+            private = Fd(os.open(PRIVATE, _DIR_FLAGS, dir_fd=self._root.n))
+            with os.fdopen(os.open(_LOG, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=private.n), encoding="utf-8") as f:
+                return f.read(_GETDENTS)
+        except FileNotFoundError:
+            return None
 
     # orphans
 

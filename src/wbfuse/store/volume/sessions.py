@@ -18,7 +18,7 @@ from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
 from wbfuse.store.contract import FencedError
 from wbfuse.store.volume.database import Database
-from wbfuse.store.volume.schema import counters, leases, sessions
+from wbfuse.store.volume.schema import counters, leases, sessions, settings
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +88,11 @@ def fence(c: Connection, session: int) -> None:
     """Nothing that this session still does can be committed from here on."""
     c.execute(delete(sessions).where(sessions.c.session == session))
     c.execute(delete(leases).where(leases.c.session == session))
+    c.execute(delete(settings).where(settings.c.name == _note(session)))
+
+
+def _note(session: int) -> str:
+    return f"log.{session}"
 
 
 class Session:
@@ -95,16 +100,18 @@ class Session:
 
     Raises VolumeBusyError where somebody alive has it. `timeout`: seconds without a beat after which others may take
     this one for dead. `guardian`: pid of who goes on with it when this process dies. `number`: of the session of a
-    process that died, to go on with; where it was fenced meanwhile, so is this one.
+    process that died, to go on with; where it was fenced meanwhile, so is this one. `unwritten`: says how to
+    bring in what a log on disk has, given a note of it; empty where there is nothing to bring in from here.
     Lock: `_lock` guards the numbers in stock; a transaction may run under it.
     """
 
     def __init__(
         self, database: Database, shared: bool, timeout: float, waiting: Callable[[str], None] = lambda _text: None,
-        guardian: int = 0, number: int | None = None,
+        guardian: int = 0, number: int | None = None, unwritten: Callable[[str], str] = lambda _note: "",
     ) -> None:  # fmt: skip
         self._database = database
         self.shared = shared
+        self.unwritten = unwritten
         self._process = this_process(guardian)
         self.timeout = timeout
         self.fenced = threading.Event()
@@ -143,6 +150,11 @@ class Session:
                     f"{', shared' if holder.shared else ''}); "
                     + ("unmount it there, or mount both with --shared" if not self.shared else "it is not --shared")
                 )
+            note = self.noted_log(holder.session)
+            if note is not None and self.unwritten(note):
+                raise VolumeBusyError(f"the last mount here left data in {self.unwritten(note)}")
+            if note is not None:
+                log.warning("session %d of %s has data in a log on disk: %s", holder.session, holder.host, note)
             log.warning("session %d of %s is dead: fenced", holder.session, holder.host)
             self._database.transact(lambda c, n=holder.session: fence(c, n), durable=True)  # type: ignore[misc]
 
@@ -177,6 +189,25 @@ class Session:
                 return "moves"
             self._closed.wait(min(0.5, holder.timeout / _BEATS))
         return ""
+
+    # the log on disk
+
+    def note_log(self, note: str | None) -> None:
+        """Where this session keeps what the volume has not; who fences it forgets that as well."""
+
+        def act(c: Connection) -> None:
+            self.guard(c)
+            c.execute(delete(settings).where(settings.c.name == _note(self.number)))
+            if note is not None:
+                c.execute(insert(settings).values(name=_note(self.number), value=note))
+
+        self._database.transact(act, durable=True)
+
+    def noted_log(self, session: int | None = None) -> str | None:
+        """Of this session, or another."""
+        found = select(settings.c.value).where(settings.c.name == _note(session or self.number))
+        note: str | None = self._database.query(lambda c: c.execute(found).scalar_one_or_none())
+        return note
 
     # being
 
@@ -254,10 +285,12 @@ class Session:
         self._database.transact(lambda c: fence(c, self.number), durable=True)
 
     def close(self) -> None:
-        """End the session, where it was not fenced before."""
+        """End the session, where it was not fenced before, and no log on disk has what the volume has not."""
         self._closed.set()
         self._thread.join()
         try:
+            if self.noted_log() is not None:
+                return
             self._database.transact(lambda c: fence(c, self.number), durable=True)
         except OSError as e:
             log.warning("the session could not be ended: %s; the next mount will wait for it", e.strerror)

@@ -174,11 +174,12 @@ class VolumeStore(VolumeData, Store):
     """Serve the volume whose database is `meta`. Raises VolumeError.
 
     `journal` keeps what a server that comes after this one must know. `guardian`: the pid of who starts that one.
+    `unwritten`: as Session has it.
     """
 
     def __init__(
         self, meta: str, tuning: Tuning | None = None, waiting: Callable[[str], None] = lambda _text: None,
-        journal: Journal | None = None, guardian: int = 0,
+        journal: Journal | None = None, guardian: int = 0, unwritten: Callable[[str], str] = lambda _note: "",
     ) -> None:  # fmt: skip
         tuning = tuning or Tuning()
         journal = journal or Journal()
@@ -192,7 +193,7 @@ class VolumeStore(VolumeData, Store):
             self.settings = read_settings(self.database)
             self.objects = open_objects(self.settings, tuning.options)
             self.session = Session(
-                self.database, tuning.shared, tuning.session_timeout, waiting, guardian=guardian, number=number
+                self.database, tuning.shared, tuning.session_timeout, waiting, guardian, number, unwritten
             )
             journal.put(Kind.SESSION, 0, self.session.number.to_bytes(8, "little"))
         except VolumeBusyError as e:
@@ -256,6 +257,12 @@ class VolumeStore(VolumeData, Store):
         self.frames.close()
         self.session.close()
         self.database.close()
+
+    def note_log(self, note: str | None) -> None:
+        self.session.note_log(note)
+
+    def noted_log(self) -> str | None:
+        return self.session.noted_log()
 
     def counters(self) -> dict[str, int]:
         cache = self.frames

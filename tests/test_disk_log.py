@@ -1,0 +1,396 @@
+"""The log on disk: what was written survives keeper and worker, and comes to the store with the next mount."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import Mounted, Mounter, force_down, mounted_here, needs_mount, wbfuse
+from tests.simulated_disk import SimDirectory
+from tests.test_keeper import KILLS, kill_while_writing, kill_worker, right
+from tests.test_promises import wait_until
+from wbfuse.journal import Journal, Kind
+from wbfuse.writeback.disk import format as stream
+from wbfuse.writeback.disk.directory import Directory
+from wbfuse.writeback.disk.load import load, restore_log
+from wbfuse.writeback.disk.writer import DiskLog
+from wbfuse.writeback.log import Log, LogError
+
+SLOW = ("--bwlimit", "1MB/s", "--on-close", "background")
+"""What is written stays in the log for a while."""
+
+
+def down(m: Mounted) -> None:
+    """Keeper and worker are dead, and the dead mount is removed."""
+    m.kill()
+    while mounted_here(m.path):
+        wbfuse("umount", str(m.path))
+
+
+@pytest.fixture
+def log(workdir: Path) -> Path:
+    return workdir / "log"
+
+
+def options(log: Path, *more: str) -> tuple[str, ...]:
+    return ("--log", str(log), "--fsync", "log", *more)
+
+
+@needs_mount
+def test_what_fsync_said_is_there_after_everybody_died(mounter: Mounter, log: Path) -> None:
+    m = mounter(*options(log, *SLOW))
+    data = os.urandom(12 << 20)
+    (m.path / "dir").mkdir()
+    with open(m.path / "dir/file", "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.rename(m.path / "dir", m.path / "renamed")
+    down(m)
+    assert (m.source / "renamed/file").stat().st_size < len(data)
+    again = mounter(*options(log), source=m.source)
+    assert (again.path / "renamed/file").read_bytes() == data
+    again.umount()
+    assert (m.source / "renamed/file").read_bytes() == data
+    assert list(log.iterdir()) == []
+    assert not (m.source / ".wbfuse").exists()
+
+
+@needs_mount
+def test_a_volume_gets_what_its_log_has(mounter: Mounter, log: Path, volume: str) -> None:
+    m = mounter(*options(log, *SLOW), source=volume)
+    data = os.urandom(8 << 20)
+    with open(m.path / "file", "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    down(m)
+    refused = wbfuse("mount", volume, str(m.path))
+    assert refused.returncode == 2
+    assert f"left data in the log {log}" in refused.stderr
+    again = mounter(*options(log), source=volume)
+    assert (again.path / "file").read_bytes() == data
+    again.umount()
+    assert wbfuse("check", volume, "--data").stdout == "0 problems\n"
+    last = mounter(source=volume)
+    assert (last.path / "file").read_bytes() == data
+
+
+@needs_mount
+def test_a_volume_that_another_host_took_over_does_not_get_it(mounter: Mounter, log: Path, volume: str) -> None:
+    m = mounter(*options(log, *SLOW), source=volume)
+    (m.path / "file").write_bytes(b"old" * 1000)
+    wbfuse("sync", str(m.path / "file"), check=True)
+    down(m)
+    away = log.with_name("away")
+    log.rename(away)  # as where the log is on another machine
+    (away / "manifest.json").write_text((away / "manifest.json").read_text())
+    log.mkdir(mode=0o700)
+    other = mounter(source=volume)
+    (other.path / "file").write_bytes(b"new")
+    other.umount()
+    refused = wbfuse("mount", volume, str(m.path), "--log", str(away))
+    assert refused.returncode == 2
+    assert "was changed without this log" in refused.stderr
+    assert "1 files" not in refused.stderr
+    assert wbfuse("recover", f"{away}/").returncode == 0
+
+
+@needs_mount
+@pytest.mark.parametrize("which", ["directory", "volume"])
+def test_the_store_gets_a_prefix(mounter: Mounter, log: Path, volume: str, which: str) -> None:
+    """Numbered writes, some fsynced; everybody is killed at any moment, again and again."""
+    rng = random.Random(7)
+    source: Path | str | None = volume if which == "volume" else log.with_name("prefix")
+    if isinstance(source, Path):
+        source.mkdir()
+    slots, number = 64, 0
+    history: list[list[int]] = [[0] * slots]
+    promised = 0
+    for _ in range(max(3, KILLS // 2)):
+        m = mounter(*options(log, "--bwlimit", "4MB/s", "--kernel-cache", "off"), source=source)
+        path = m.path / "file"
+        if not path.exists():
+            path.write_bytes(bytes(slots * 8))
+        fd = os.open(path, os.O_RDWR)
+        found = [int.from_bytes(os.pread(fd, 8, i * 8), "little") for i in range(slots)]
+        assert found in history[promised:]
+        history, promised = [found], 0
+        for _ in range(rng.randrange(20, 200)):
+            number += 1
+            slot = rng.randrange(slots)
+            os.pwrite(fd, number.to_bytes(8, "little"), slot * 8)
+            history.append([*history[-1][:slot], number, *history[-1][slot + 1 :]])
+            if rng.random() < 0.1:
+                os.fsync(fd)
+                promised = len(history) - 1
+        m.kill()
+        with pytest.raises(OSError, match="not connected"):
+            os.close(fd)
+        while mounted_here(m.path):
+            wbfuse("umount", str(m.path))
+    last = mounter(*options(log), source=source)
+    with open(last.path / "file", "rb") as f:
+        raw = f.read()
+    assert [int.from_bytes(raw[i * 8 : i * 8 + 8], "little") for i in range(slots)] in history[promised:]
+
+
+@needs_mount
+@pytest.mark.parametrize("fsync", ["store", "log"])
+def test_writers_notice_no_death_of_the_worker(mounter: Mounter, log: Path, fsync: str) -> None:
+    m = mounter("--log", str(log), "--fsync", fsync, "--max-deaths", "100000", "--log-size", "128MiB")
+    said = kill_while_writing(m, KILLS, KILLS)
+    assert said["wrong"] == []
+    right(m.path, said["contents"])
+    m.umount()
+    right(m.source, said["contents"])
+    assert list(log.iterdir()) == []
+
+
+@needs_mount
+def test_what_an_unmount_could_not_write_comes_with_the_next_mount(mounter: Mounter, log: Path) -> None:
+    m = mounter(*options(log, *SLOW))
+    data = os.urandom(16 << 20)
+    (m.path / "file").write_bytes(data)
+    keeper = m.status()["keeper"]["pid"]
+    os.kill(keeper, signal.SIGTERM)
+    assert wait_until(lambda: not mounted_here(m.path) or not Path(f"/proc/{keeper}").exists() or hurry(keeper))
+    assert wait_until(lambda: not Path(f"/proc/{keeper}").exists() or hurry(keeper))
+    again = mounter(*options(log), source=m.source)
+    assert (again.path / "file").read_bytes() == data
+
+
+def hurry(keeper: int) -> bool:
+    """Another signal; False, so that it can stand in a condition."""
+    try:
+        os.kill(keeper, signal.SIGTERM)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@needs_mount
+def test_a_log_is_refused_elsewhere_and_a_source_without_its_log(mounter: Mounter, log: Path, workdir: Path) -> None:
+    m = mounter(*options(log, *SLOW))
+    (m.path / "file").write_bytes(b"x" * 3_000_000)
+    wbfuse("sync", str(m.path / "file"), check=True)
+    (workdir / "other").mkdir()
+    (workdir / "there").mkdir()
+    elsewhere = ("mount", str(workdir / "other"), str(workdir / "there"), "--log", str(log))
+    assert "another mount uses it" in wbfuse(*elsewhere).stderr
+    (m.path / "file2").write_bytes(os.urandom(3_000_000))
+    down(m)
+    assert f"holds the log of {m.source}" in wbfuse(*elsewhere).stderr
+    refused = wbfuse("mount", str(m.source), str(m.path))
+    assert refused.returncode == 2
+    assert f"left data in the log {log}" in refused.stderr
+    assert "file2" in wbfuse("recover", f"{log}/", check=True).stdout
+    assert wbfuse("recover", f"{log}/", "--discard", input="y\nn\n").returncode == 130
+    assert "file2" in wbfuse("recover", f"{log}/", "--export", str(workdir / "out"), check=True).stdout
+    assert any((workdir / "out").iterdir())
+    assert wbfuse("recover", f"{log}/", "--discard", input="y\ny\n").returncode == 0
+    mounter(source=m.source).umount()
+    assert not (m.source / ".wbfuse").exists()
+
+
+@needs_mount
+def test_what_was_unlinked_is_not_brought_back(mounter: Mounter, log: Path) -> None:
+    m = mounter(*options(log, *SLOW))
+    fd = os.open(m.path / "gone", os.O_RDWR | os.O_CREAT)
+    os.write(fd, bytes(5_000_000))
+    os.fsync(fd)
+    os.unlink(m.path / "gone")
+    (m.path / "kept").write_bytes(b"kept")
+    wbfuse("sync", str(m.path / "kept"), check=True)
+    m.kill()
+    os.close(fd)
+    while mounted_here(m.path):
+        wbfuse("umount", str(m.path))
+    again = mounter(*options(log), source=m.source)
+    assert os.listdir(again.path) == ["kept"]
+    again.umount()
+    assert (m.source / "kept").read_bytes() == b"kept"
+    assert os.listdir(m.source) == ["kept"]
+
+
+@needs_mount
+def test_others_cannot_get_at_it(mounter: Mounter, log: Path) -> None:
+    m = mounter(*options(log))
+    assert log.stat().st_mode & 0o777 == 0o700
+    assert all(entry.stat().st_mode & 0o777 == 0o600 for entry in log.iterdir())
+    m.umount()
+    log.chmod(0o750)
+    refused = wbfuse("mount", str(m.source), str(m.path), "--log", str(log))
+    assert refused.returncode == 2
+    assert "chmod 700" in refused.stderr
+
+
+@needs_mount
+def test_no_room_for_it_is_said_at_the_mount(workdir: Path, log: Path) -> None:
+    for name in ("source", "mount"):
+        (workdir / name).mkdir()
+    log.mkdir(mode=0o700)
+    wbfuse_mount = ("mount", str(workdir / "source"), str(workdir / "mount"), "--log", str(log))
+    os.system(f"mount -t tmpfs -o size=64m,mode=700 none {log}")
+    try:
+        refused = wbfuse(*wbfuse_mount, "--log-size", "64MiB")
+        assert refused.returncode == 2
+        assert "MiB are needed for this log" in refused.stderr
+        assert not (workdir / "source/.wbfuse").exists()
+    finally:
+        force_down(workdir / "mount")
+        os.system(f"umount {log}")
+
+
+# without a mount
+
+
+def made(directory: object, count: int = 40, seed: int = 1) -> tuple[Log, Journal]:
+    """A log of `count` payloads that a writer has brought to `directory`, batch by batch."""
+    rng = random.Random(seed)
+    log_, journal = Log(4 << 20, 1 << 18), Journal()
+    writer = DiskLog(
+        directory, log_, journal, threading.Lock(), lambda _freed: None, {"source": "x", "uuid": "0" * 32}  # type: ignore[arg-type]
+    )  # fmt: skip
+    journal.put(Kind.LOG, 0, bytes(16))
+    for n in range(count):
+        data = rng.randbytes(rng.randrange(1, 60_000))
+        place = log_.put(memoryview(data))
+        log_.stamp(n, 5, n * 1000, len(data), place, 1)
+        journal.put(Kind.NODE, n % 7, data[:40])
+        if n % 3 == 0:
+            writer.step(sync=n % 2 == 0)
+    writer.step(sync=True)
+    return log_, journal
+
+
+def test_what_is_loaded_is_what_was_there(tmp_path: Path) -> None:
+    directory = Directory(str(tmp_path / "log"), make=True)
+    log_, journal = made(directory)
+    loaded = load(directory)
+    assert loaded is not None
+    again = Log(4 << 20, 1 << 18, loaded.log)
+    assert again.scan() == log_.scan()
+    assert all(again.view(r.place, r.length) == log_.view(r.place, r.length) for _, r in log_.scan())
+    assert Journal(loaded.journal).inherited(Kind.NODE) == Journal(os.dup(journal.fd)).inherited(Kind.NODE)
+
+
+def test_damage_in_what_was_durable_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wbfuse.writeback.disk.writer.chunks_of", lambda _g: (0, 1 << 18))
+    directory = Directory(str(tmp_path / "log"), make=True)
+    made(directory)
+    chunks = directory.chunks()
+    assert len(chunks) > 3
+    path = tmp_path / "log" / Directory._name(*chunks[1])
+    raw = bytearray(path.read_bytes())
+    raw[9000] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(LogError, match="chunk 2 is damaged"):
+        load(directory)
+    path.unlink()
+    with pytest.raises(LogError, match="chunk 1 is damaged"):
+        load(directory)
+
+
+def test_a_newer_version_and_no_manifest_at_all(tmp_path: Path) -> None:
+    directory = Directory(str(tmp_path / "log"), make=True)
+    assert load(directory) is None
+    made(directory)
+    (chunk,) = directory.chunks()
+    path = tmp_path / "log" / Directory._name(*chunk)
+    raw = bytearray(path.read_bytes())
+    header = stream.Header.decode(raw)
+    assert header is not None
+    newer = stream._HEADER.pack(b"wbfuselg", 2, 1, header.epoch, header.number, 0, 1, 1, header.uuid)
+    raw[: len(newer) + 8] = newer + stream._CHECK.pack(stream.xxhash.xxh3_64_intdigest(newer))
+    path.write_bytes(raw)
+    with pytest.raises(LogError, match="newer wbfuse"):
+        load(directory)
+    for text in ("", "{}", "[1]", json.dumps({"epoch": "1", "source": "x"})):
+        (tmp_path / "log/manifest.json").write_text(text)
+        with pytest.raises(LogError, match="cannot be used"):
+            load(directory)
+
+
+@pytest.fixture(scope="module")
+def whole() -> bytes:
+    directory = SimDirectory(lambda: None, lambda: None)
+    made(directory, count=12)
+    (chunk,) = directory.chunks()
+    raw = bytes(directory.view(*chunk))
+    return raw[: raw.rindex(stream.Kind.COMMIT.to_bytes(4, "little")) + 200].rstrip(b"\0") + bytes(4096)
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_whatever_stands_in_a_chunk_the_reader_misreads_nothing(whole: bytes, data: st.DataObject) -> None:
+    """Bits, pieces, lengths: a reader finds a prefix of what was there, or says what is wrong."""
+    raw = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(raw) - 1))
+        match data.draw(st.sampled_from(("bit", "zeros", "copy", "cut", "noise"))):
+            case "bit":
+                raw[at] ^= 1 << data.draw(st.integers(0, 7))
+            case "zeros":
+                raw[at : at + 512] = bytes(len(raw[at : at + 512]))
+            case "copy":
+                piece = raw[at : at + 4096]
+                to = data.draw(st.integers(0, len(raw) - len(piece)))
+                raw[to : to + len(piece)] = piece
+            case "cut":
+                del raw[at:]
+                raw += bytes(4096)
+            case "noise":
+                piece = data.draw(st.binary(min_size=1, max_size=100))
+                raw[at : at + len(piece)] = piece[: len(raw) - at]
+    before = stream.read([(1, memoryview(whole))], 1)
+    assert before is not None
+    after = stream.read([(1, memoryview(bytes(raw)))], 1)
+    if after is None:
+        return
+    assert after.batches <= before.batches
+    for index, segment in after.segments.items():
+        for first, frame in segment.slots.items():
+            assert bytes(frame.body) == bytes(before.segments[index].slots[first].body)
+    os.close(restore_log(after))
+
+
+@settings(max_examples=200, deadline=None)
+@given(raw=st.binary(max_size=300), body=st.binary(max_size=200), first=st.integers(0, 1 << 32 - 1))
+def test_frames_that_are_whole_and_make_no_sense_are_refused(raw: bytes, body: bytes, first: int) -> None:
+    """Somebody made them, with right checksums."""
+    header = stream.Header(1, 1, True, 0, 4 << 20, 1 << 18, bytes(16))
+    parts = [
+        *stream.frame(header.seed, stream.Kind.JOURNAL, [raw]),
+        *stream.frame(header.seed, stream.Kind.SLOTS, [body], len(raw) % 9, 1, first % 9000, len(body) % 5),
+        *stream.frame(header.seed, stream.Kind.PAGES, [body], len(raw) % 9, 1, first % 9000, len(body) % 5),
+        *stream.commit(header.seed, 1, 5),
+    ]
+    image = stream.read([(1, memoryview(header.encode() + b"".join(map(bytes, parts))))], 1)
+    assert image is not None
+    try:
+        os.close(restore_log(image))
+    except LogError:
+        return
+
+
+@needs_mount
+def test_a_worker_that_died_leaves_nothing_undone_on_disk(mounter: Mounter, log: Path) -> None:
+    """The next one writes all of it again, in a new epoch, before anything else goes to the store."""
+    m = mounter(*options(log, *SLOW))
+    data = os.urandom(6 << 20)
+    (m.path / "file").write_bytes(data)
+    kill_worker(m)
+    with open(m.path / "file", "r+b") as f:
+        os.fsync(f.fileno())
+    down(m)
+    again = mounter(*options(log), source=m.source)
+    assert (again.path / "file").read_bytes() == data
