@@ -51,14 +51,14 @@ def is_note_of(note: str | None, number: str) -> bool:
         return False
 
 
-def unwritten(note: str) -> str:
-    """How to bring in what the log of a note has; empty where it has ended, or is not to be reached from here."""
+def unwritten(note: str, anywhere: bool = False) -> str:
+    """How to bring in what the log of a note has; empty where it has ended, or is another host's (unless `anywhere`)."""
     try:
         found = json.loads(note)
         path, host, number = str(found["path"]), str(found["host"]), str(found["uuid"])
     except (ValueError, KeyError, TypeError):
         return ""
-    if host != socket.gethostname():
+    if host != socket.gethostname() and not anywhere:
         return ""
     try:
         with open(os.path.join(path, MANIFEST), encoding="utf-8") as f:

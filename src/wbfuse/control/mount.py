@@ -249,8 +249,12 @@ class Mount:
                 f"{path}: {self.spec.name} was changed without this log, so what it holds is not brought in;"
                 f" see: wbfuse recover {path}"
             )
-        if note is not None and not ours and (how := unwritten(note)):
+        if note is None or ours:
+            return
+        if how := unwritten(note, anywhere=True):
             raise LogError(f"{self.spec.name}: the last mount left data in {how}")
+        if not self.spec.read_only:
+            self._store.note_log(None)  # it has ended
 
     def _begin_log(self, first: bool) -> None:
         if self._log_dir is not None and self.cache is not None:
