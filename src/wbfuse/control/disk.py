@@ -52,7 +52,7 @@ def is_note_of(note: str | None, number: str) -> bool:
 
 
 def unwritten(note: str, anywhere: bool = False) -> str:
-    """How to bring in what the log of a note has; empty where it has ended, or is another host's (unless `anywhere`)."""
+    """How to bring in what the log of a note has; empty where it has ended, or (not `anywhere`) is another host's."""
     try:
         found = json.loads(note)
         path, host, number = str(found["path"]), str(found["host"]), str(found["uuid"])
