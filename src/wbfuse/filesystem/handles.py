@@ -65,7 +65,8 @@ class OpenTable:
 
     def close(self, fh: int) -> Handle | None:
         """Take it out; None where it is not there."""
-        self._journal.remove(Kind.OPEN, fh)
+        if fh in self._handles:
+            self._journal.remove(Kind.OPEN, fh)
         return self._handles.pop(fh, None)
 
     def all(self) -> Iterable[tuple[int, Handle]]:

@@ -212,8 +212,10 @@ class Session:
                 if e.errno in _AGAIN:
                     continue
                 raise
+            if n == 0:
+                return  # a connection that is no device says its end like this
             length, opcode, unique, nodeid, uid, gid, pid, extensions = _unpack_header(prefix)
-            if length != n:
+            if length != n or n < IN_HEADER:
                 log.error("a request of %d bytes says that it has %d; dropped", n, length)
                 continue
             counts[opcode & 63] += 1
@@ -221,9 +223,9 @@ class Session:
                 continue
             if self.debug is not None:
                 self._trace(prefix, tail, n)
-            if opcode == _WRITE:
-                self._write(Request(unique, nodeid, uid, gid, pid, write_way), prefix, tail)
-            elif opcode == _READ:
+            if opcode == _WRITE and n >= WRITE_PREFIX:
+                self._write(Request(unique, nodeid, uid, gid, pid, write_way), prefix, tail[: n - WRITE_PREFIX])
+            elif opcode == _READ and n >= WRITE_PREFIX:
                 self._read(Request(unique, nodeid, uid, gid, pid, read_way), _unpack_io(prefix, IN_HEADER))
             else:
                 body = prefix[IN_HEADER:n] if n <= WRITE_PREFIX else prefix[IN_HEADER:] + tail[: n - WRITE_PREFIX]
@@ -233,14 +235,18 @@ class Session:
 
     def _write(self, request: Request, prefix: bytearray, tail: memoryview) -> None:
         fh, offset, size, write_flags, _owner, flags = _unpack_io(prefix, IN_HEADER)
+        if size != len(tail):
+            log.error("a WRITE of %d bytes has %d; refused", size, len(tail))
+            self.send_error(request, errno.EIO)
+            return
         if self._write_inline:
-            self._serve_write(request, fh, offset, tail[:size], write_flags, flags)
+            self._serve_write(request, fh, offset, tail, write_flags, flags)
             return
         request.blocking = True
         if self._permits and self._take_permit():
-            self._serve_write(request, fh, offset, tail[:size], write_flags, flags, True)
+            self._serve_write(request, fh, offset, tail, write_flags, flags, True)
         else:
-            self._copy_write(request, fh, offset, tail[:size], write_flags, flags)
+            self._copy_write(request, fh, offset, tail, write_flags, flags)
 
     def _copy_write(
         self, request: Request, fh: int, offset: int, data: memoryview, write_flags: int, flags: int
@@ -375,6 +381,8 @@ class Session:
         """An OSError is an answer; anything else is a defect: logged with its request, and answered EIO."""
         if isinstance(e, OSError):
             number = error_number(e)
+        elif isinstance(e, OverflowError):
+            number = errno.EOVERFLOW  # a number that no system call takes; Linux sends none
         else:
             number = errno.EIO
             header = wire.Header(0, opcode, request.unique, request.nodeid, request.uid, request.gid, request.pid, 0)

@@ -75,6 +75,8 @@ class Geometry:
     """Where things stand in a log of `size` bytes. Raises LogError where that is too small."""
 
     def __init__(self, size: int, max_write: int) -> None:
+        if not 0 < max_write <= size:
+            raise LogError(f"a log of {size} bytes cannot take payloads of {max_write}")
         self.segment_size = segment_size(size, max_write)
         self.count = size // self.segment_size
         if self.count < 4:
@@ -131,6 +133,8 @@ class Log:
         """One page at the end stays unused, so an extent never runs on into the next segment."""
         self.max_write = max_write
         self.fd = self.allocate(g.total) if fd is None else fd
+        if os.fstat(self.fd).st_size < g.total:
+            raise LogError(f"the memory file of a log of {g.size >> 20} MiB is too short")
         self._memory = mmap.mmap(self.fd, g.total)
         self._view = memoryview(self._memory)
         self.segments = [Segment(i, i * self.segment_size) for i in range(g.count)]

@@ -45,6 +45,16 @@ class Extent(NamedTuple):
     def end(self) -> int:
         return self.start + self.length
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether it can be a row of a map at all."""
+        if self.start < 0 or not 0 < self.length <= MAX_EXTENT:
+            return False
+        whole = len(self.frames) % _FRAME_INFO.size == 0
+        return self.pack == HOLE or (
+            self.pack > 0 and self.offset >= 0 and self.skip >= 0 and whole and bool(self.frames)
+        )
+
 
 def pack_key(pack: int) -> str:
     """The object of a pack. Numbers are never used twice, so neither are keys."""

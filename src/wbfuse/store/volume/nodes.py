@@ -40,11 +40,15 @@ class Node:
 
 
 def attr_of(row: Any) -> Attr:
-    directory = stat.S_ISDIR(row.mode)
-    return Attr(
-        row.ino, row.mode, 4096 if directory else row.size, -(-row.bytes // 512), row.atime_ns, row.mtime_ns,
-        row.ctime_ns, row.nlink, row.uid, row.gid, row.rdev,
-    )  # fmt: skip
+    """Raises EIO where the row makes no sense."""
+    try:
+        directory = stat.S_ISDIR(row.mode)
+        return Attr(
+            row.ino, row.mode, 4096 if directory else row.size, -(-row.bytes // 512), row.atime_ns, row.mtime_ns,
+            row.ctime_ns, row.nlink, row.uid, row.gid, row.rdev,
+        )  # fmt: skip
+    except (OverflowError, TypeError) as e:
+        raise OSError(errno.EIO, f"the row of inode {row.ino} makes no sense; see wbfuse check") from e
 
 
 class Nodes:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +18,8 @@ from sqlalchemy import Connection, bindparam, delete, func, insert, select, text
 from wbfuse.store.volume.layout import HOLE, Extent, cut, overlay, without_gaps
 from wbfuse.store.volume.maps import WINDOW
 from wbfuse.store.volume.schema import LIVE, PENDING, extents, inodes, layers, packs
+
+log = logging.getLogger(__name__)
 
 MAX_SIZE = (1 << 63) - 1
 
@@ -67,7 +71,12 @@ class PacksGoneError(Exception):
 
 
 def _extent(row: Any) -> Extent:
-    return Extent(row[0], row[1], row[2], row[3], row[4], bytes(row[5]))
+    """Raises EIO for a row that makes no sense, with a line for the log."""
+    found = Extent(row[0], row[1], row[2], row[3], row[4], bytes(row[5]))
+    if not found.is_sound:
+        log.error("the row of a map at %d makes no sense: see wbfuse check", found.start)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return found
 
 
 def rows_in(c: Connection, layer: int, start: int, end: int) -> list[Extent]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import func, insert, inspect, select
+from sqlalchemy.exc import NoResultFound
 
 from wbfuse.journal import Journal, Kind
 from wbfuse.store.contract import ROOT_INO, Capabilities, SourceError, Store
@@ -230,7 +231,11 @@ class VolumeStore(VolumeData, Store):
         self.compactor = Compactor(self, tuning.compact_rate)
         self.housekeeper = Housekeeper(self.database, self.objects, self.session, tuning.dump_interval)
         self._statfs: tuple[float, int] = (-1e9, 0)
-        self.nodes.learn(self._row_of_root(), lookups=1)
+        try:
+            self.nodes.learn(self._row_of_root(), lookups=1)
+        except (OSError, NoResultFound) as e:
+            self.close()
+            raise VolumeError(f"{meta}: the root directory cannot be read: {e}; see: wbfuse check {meta}") from e
         inos, layers, numbers = self.database.query(lambda c: leftovers(c, 100_000))
         self.reaper.put_inodes(inos)
         self.reaper.put_layers(layers)
