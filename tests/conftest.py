@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests import servers
+from wbfuse import cli as package
 
 WBFUSE = str(Path(sys.executable).parent / "wbfuse")
 
@@ -177,3 +178,24 @@ def mounter(workdir: Path) -> Iterator[Mounter]:
         if mounted_here(mounted.path):
             left.append(mounted.path)
     assert not left, f"still mounted: {left}"
+
+
+@pytest.fixture
+def user(workdir: Path) -> Iterator[list[str]]:
+    """Words that run a command as nobody, with a Python that nobody can read and /dev/fuse as udev would leave it."""
+    copy = workdir / "lib"
+    shutil.copytree(Path(package.__file__).parent.parent, copy / "wbfuse")
+    site = next(p for p in sys.path if p.endswith("site-packages"))
+    runtime = workdir / "run"
+    runtime.mkdir()
+    os.chown(runtime, 65534, 65534)
+    environment = f"PYTHONPATH={copy}:{site}"
+    mode = os.stat("/dev/fuse").st_mode
+    os.chmod("/dev/fuse", 0o666)
+    try:
+        yield [
+            "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "env", environment,
+            f"XDG_RUNTIME_DIR={runtime}", "HOME=/", "/usr/bin/python3", "-m", "wbfuse",
+        ]  # fmt: skip
+    finally:
+        os.chmod("/dev/fuse", mode)

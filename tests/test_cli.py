@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -243,25 +240,6 @@ def test_read_only_refuses_changes(mounter: Mounter) -> None:
     assert not (m.source / ".wbfuse").exists()
 
 
-@pytest.fixture
-def user(workdir: Path) -> Iterator[list[str]]:
-    """Words that run a command as nobody, with a Python that nobody can read and /dev/fuse as udev would leave it."""
-    mode = os.stat("/dev/fuse").st_mode
-    os.chmod("/dev/fuse", 0o666)
-    copy = workdir / "lib"
-    shutil.copytree(Path(policy.__file__).parent.parent, copy / "wbfuse")
-    site = next(p for p in sys.path if p.endswith("site-packages"))
-    runtime = workdir / "run"
-    runtime.mkdir()
-    os.chown(runtime, 65534, 65534)
-    environment = f"PYTHONPATH={copy}:{site}"
-    yield [
-        "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "env", environment,
-        f"XDG_RUNTIME_DIR={runtime}", "HOME=/", "/usr/bin/python3", "-m", "wbfuse",
-    ]  # fmt: skip
-    os.chmod("/dev/fuse", mode)
-
-
 @needs_mount
 def test_13_an_unprivileged_mount_gets_write_through_and_a_message(workdir: Path, user: list[str]) -> None:
     if os.path.exists(policy.CONFIG):
@@ -297,17 +275,6 @@ def test_13_an_unprivileged_mount_gets_write_through_and_a_message(workdir: Path
             subprocess.run(["umount", "-l", where[1]], check=True)
     assert ended.returncode == 0, ended.stderr
     assert (workdir / "s/a").read_text() == "as nobody"
-
-
-@needs_mount
-def test_another_user_cannot_reach_the_control_socket(mounter: Mounter, user: list[str]) -> None:
-    m = mounter()
-    asked = subprocess.run([*user, "status", str(m.path)], capture_output=True, text=True, check=False)
-    assert asked.returncode == 2
-    stopped = subprocess.run([*user, "umount", str(m.path)], capture_output=True, text=True, check=False)
-    assert stopped.returncode != 0
-    assert mounted_here(m.path)
-    assert os.stat("/run/wbfuse").st_mode & 0o077 == 0
 
 
 @needs_mount

@@ -13,9 +13,12 @@ from wbfuse.cli.units import show_size
 from wbfuse.control.client import ask, place_of
 from wbfuse.control.paths import ControlError, find_socket, sockets
 
+_PATIENCE = 10.0
+"""Seconds for each of all mounts: one whose worker is on its way must not keep the others from being shown."""
 
-def _status(socket: str) -> dict[str, Any]:
-    for answer in ask(socket, "status"):
+
+def _status(socket: str, patience: float | None = None) -> dict[str, Any]:
+    for answer in ask(socket, "status", patience):
         if "status" in answer:
             found: dict[str, Any] = answer["status"]
             return found
@@ -31,7 +34,7 @@ def status(mountpoint: str | None, as_json: bool) -> None:
         found = []
         for path in sockets():
             try:
-                found.append(_status(path))
+                found.append(_status(path, _PATIENCE))
             except ControlError as e:
                 if "not running" not in str(e):
                     click.echo(f"wbfuse: {path}: {e}", err=True)

@@ -146,7 +146,10 @@ def sync(paths: tuple[str, ...]) -> None:
     for path in paths:
         try:
             place = place_of(path)
-            socket = find_socket(place) if find_mount(place) is not None else None
+            mounted = find_mount(place)
+            socket = find_socket(place) if mounted is not None else None
+            if socket is None and mounted is not None and mounted.fstype.startswith("fuse.wbfuse"):
+                raise ControlError("only who mounted it can sync all of it, while its server runs")
             if socket is not None:
                 syncfs(place)
                 follow(f"syncing {place}", persist(socket, "sync"))

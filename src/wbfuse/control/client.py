@@ -19,12 +19,13 @@ class EndedError(ControlError):
         super().__init__("the mount's server ended while it answered")
 
 
-def ask(path: str, command: str, **arguments: Any) -> Iterator[dict[str, Any]]:
+def ask(path: str, command: str, patience: float | None = None, **arguments: Any) -> Iterator[dict[str, Any]]:
     """Send a command to the mount behind the socket `path`; yields its answers until it closes.
 
-    Raises ControlError where nobody answers, and where the answer is an error.
+    Raises ControlError where nobody answers (within `patience` seconds, where given), and where the answer is an error.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(patience)
         try:
             connection.connect(path)
         except (ConnectionRefusedError, FileNotFoundError) as e:
@@ -44,6 +45,8 @@ def ask(path: str, command: str, **arguments: Any) -> Iterator[dict[str, Any]]:
                     yield answer
             except ConnectionResetError as e:
                 raise EndedError from e
+            except TimeoutError as e:
+                raise ControlError("the mount's server does not answer now") from e
             if not done:
                 raise EndedError
 

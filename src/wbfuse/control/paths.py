@@ -54,9 +54,19 @@ def sockets() -> list[str]:
         users = os.listdir("/run/user") if os.path.isdir("/run/user") else []
         places += [f"/run/user/{u}/wbfuse" for u in users]
         places += [f"/tmp/{name}" for name in os.listdir("/tmp") if name.startswith("wbfuse-")]  # noqa: S108
-    return [
-        f"{d}/{name}" for d in places if os.path.isdir(d) for name in sorted(os.listdir(d)) if name.endswith(".sock")
-    ]
+    return [f"{d}/{name}" for d in places if _is_private(d) for name in sorted(os.listdir(d)) if name.endswith(".sock")]
+
+
+def _is_private(path: str) -> bool:
+    """Whether it is a directory that only its owner writes to; in /tmp, the one whose number is in its name."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return False
+    _, _, owner = path.rpartition("/tmp/wbfuse-")  # noqa: S108
+    if path.startswith("/tmp/") and owner != str(found.st_uid):  # noqa: S108
+        return False
+    return stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o022
 
 
 def find_socket(mountpoint: str) -> str | None:
