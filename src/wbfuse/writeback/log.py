@@ -27,6 +27,8 @@ from wbfuse.writeback import records
 PAGE = mmap.PAGESIZE
 MIB = 1 << 20
 _MADV_POPULATE_WRITE = 23
+_WORKER = 64 * MIB
+"""What a server needs beside its log, before it has read or cached anything."""
 _WRITE, _LIFE = int(records.Kind.WRITE), int(records.Kind.LIFE)
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -155,10 +157,10 @@ class Log:
     @staticmethod
     def allocate(total: int) -> int:
         free = free_memory()
-        if total > free:
+        if total + _WORKER > free:
             raise LogError(
-                f"a log of {total >> 20} MiB does not fit into memory, of which {max(free, 0) >> 20} MiB are free;"
-                " choose a smaller --log-size"
+                f"a log of {total >> 20} MiB does not fit into memory, of which {max(free, 0) >> 20} MiB are free"
+                f" and its server needs {_WORKER >> 20}; choose a smaller --log-size"
             )
         fd = os.memfd_create("wbfuse-log", os.MFD_CLOEXEC)
         try:
