@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import slow, volumes, work
+from bench import deaths, slow, volumes, work
 from bench.far import RATE
 from bench.peers import BUILD, Field, Peer, quiet
 
@@ -176,6 +176,8 @@ def bench_far_random(root: Path, _rounds: int) -> None:
     row("far store: 4 KiB random writes, fsync each 32, uploaded for each byte", found["amplification"], "<=", 1.5, "")
     row("far store: the same, durable operations a second against JuiceFS", found["wbfuse"] / found["JuiceFS"], ">=", 1,
         f"{found['wbfuse']:.0f}, JuiceFS {found['JuiceFS']:.0f}")  # fmt: skip
+    row("far store: the same with --fsync log, against JuiceFS --writeback", found["by log"] / found["JuiceFS wb"], ">=", 1,
+        f"{found['by log']:.0f}, JuiceFS --writeback {found['JuiceFS wb']:.0f}")  # fmt: skip
 
 
 def bench_metadata(root: Path, _rounds: int) -> None:
@@ -184,6 +186,26 @@ def bench_metadata(root: Path, _rounds: int) -> None:
         for name, (ours, theirs) in found.items():
             row(f"{name} 10,000 files on {kind}, speed against JuiceFS", theirs / ours, ">=", 1,
                 f"{ours:.2f} s, JuiceFS {theirs:.2f} s")  # fmt: skip
+
+
+def bench_disk_log(root: Path, rounds: int) -> None:
+    source = root / "data"
+    work.make_source(source, 2 * GIB)
+    with Field(root / "disk-log") as field:
+        memory = field.wbfuse("memory", "--log-size", "1GiB")
+        disk = field.wbfuse("disk", "--log-size", "1GiB", "--log", str(field.root / "log"))
+        found = medians(rounds, [memory, disk], lambda p: work.copy_with_fsync(p, source))
+        row("copy 2 GiB + fsync with the log on disk, speed against memory alone", found["memory"] / found["disk"], ">=",
+            0.7, show(found, "s"))  # fmt: skip
+    source.unlink()
+
+
+def bench_deaths(root: Path, _rounds: int) -> None:
+    found = deaths.away(root / "deaths")
+    seconds, used = found["worker"]
+    row("seconds until a worker is back with a full log of 1 GiB", seconds, "<=", 2, f"{used} MiB in it")
+    seconds, used = found["log on disk"]
+    row("seconds to mount with a log of 1 GiB found on disk", seconds, "<=", 4, f"{used} MiB in it, nothing cached")
 
 
 def bench_clone(root: Path, _rounds: int) -> None:
@@ -201,7 +223,7 @@ def _fresh(path: Path) -> Path:
 BENCHES = {
     "copy": bench_copy, "small-writes": bench_small_writes, "read": bench_read, "small-files": bench_small_files,
     "processor": bench_processor, "getattr": bench_getattr, "slow-store": bench_slow_store,
-    "clone": bench_clone, "metadata": bench_metadata, "far-random": bench_far_random, "far": bench_far,
+    "disk-log": bench_disk_log, "deaths": bench_deaths, "clone": bench_clone, "metadata": bench_metadata, "far-random": bench_far_random, "far": bench_far,
 }  # fmt: skip
 
 

@@ -93,6 +93,13 @@ def far_random_writes(root: Path, count: int) -> dict[str, float]:
             found["amplification"] = (uploaded(peer) - before) / (count * 4096)
         with far.juicefs(site, "juice", f"sqlite3://{root}/juice.db", site.endpoint) as peer:
             found["JuiceFS"] = random_writes(peer, 4 * GIB, count)
+        log = ("--log-size", "256MiB", "--log", str(root / "log"), "--fsync", "log")
+        with far.wbfuse(site, "wb2", f"sqlite:///{root}/wb2.db", site.endpoint, *log) as peer:
+            found["by log"] = random_writes(peer, 4 * GIB, count)
+            peer.durable()
+        with far.juicefs(site, "juice2", f"sqlite3://{root}/juice2.db", site.endpoint, "--writeback") as peer:
+            found["JuiceFS wb"] = random_writes(peer, 4 * GIB, count)
+            peer.durable()
     return found
 
 
