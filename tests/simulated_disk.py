@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from wbfuse.writeback.disk.format import Header
 
 PAGE = 4096
 SECTOR = 512
@@ -61,7 +63,7 @@ class SimChunk:
 
 
 class SimDirectory:
-    """As writer.Directory and load want it. Names are durable at once, as the real one's are."""
+    """As writer.Directory and load want it. The manifest is durable at once, as the real one is."""
 
     path = "simulated"
 
@@ -71,8 +73,28 @@ class SimDirectory:
         self._manifest: dict[str, Any] | None = None
         self.gone = False
         """It was withdrawn, and no other has begun."""
-        self._chunks: dict[tuple[int, int], SimChunk] = {}
-        self._spares: list[SimChunk] = []
+        self._files: list[SimChunk] = []
+        self._at: dict[tuple[int, int], SimChunk] = {}
+        self._free: list[SimChunk] = []
+
+    def _find(self) -> None:
+        """As directory.Directory does for each worker."""
+        found, heads = {}, {}
+        for file in self._files:
+            header = Header.decode(bytes(file.cached[:PAGE]))
+            if header is not None:
+                found[header.epoch, header.number] = file
+                heads[header.epoch] = max(heads.get(header.epoch, (0, 0)), (header.number, header.head))
+        epoch = self._manifest["epoch"] if self._manifest else 0
+        head = heads.get(epoch, (0, 0))[1]
+        self._at = {key: file for key, file in found.items() if key[0] == epoch and key[1] >= head}
+        self._free = [file for file in self._files if file not in self._at.values()]
+        self._newest = max(heads, default=0)
+
+    @property
+    def newest_epoch(self) -> int:
+        self._find()
+        return self._newest
 
     def manifest(self) -> dict[str, Any] | None:
         return self._manifest
@@ -92,25 +114,28 @@ class SimDirectory:
         self.remove(self.chunks())
 
     def chunks(self) -> list[tuple[int, int]]:
-        return sorted(self._chunks)
+        return sorted(self._at)
 
     def create(self, epoch: int, number: int, size: int) -> SimChunk:
         self._fault()
-        spare = self._spares.pop() if self._spares else SimChunk(size, self._steps)
-        spare._steps = self._steps
-        assert (epoch, number) not in self._chunks
-        self._chunks[epoch, number] = spare
+        if not self._free:
+            self._files.append(SimChunk(size, self._steps))
+            self._free.append(self._files[-1])
+        assert (epoch, number) not in self._at
+        file = self._at[epoch, number] = self._free.pop()
         self._steps()
-        return spare
+        return file
 
     def remove(self, chunks: Sequence[tuple[int, int]]) -> None:
         for chunk in list(chunks):
             self._steps()
-            self._spares.append(self._chunks.pop(chunk))
+            self._free.insert(0, self._at.pop(chunk))
 
-    def view(self, epoch: int, number: int) -> memoryview:
-        return memoryview(bytes(self._chunks[epoch, number].cached))
+    def views(self) -> Iterator[memoryview]:
+        self._find()
+        for chunk in self.chunks():
+            yield memoryview(bytes(self._at[chunk].cached))
 
     def cut(self, rng: random.Random) -> None:
-        for chunk in [*self._chunks.values(), *self._spares]:
-            chunk.cut(rng)
+        for file in self._files:
+            file.cut(rng)

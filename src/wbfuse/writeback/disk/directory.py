@@ -1,11 +1,11 @@
 """The directory of one log on disk: chunks, a manifest that says which count, and a lock. System calls, no policy.
 
-    DIR/manifest.json        whose log it is, and the epoch whose chunks count; without it there is no log
-    DIR/EPOCH-NUMBER.chunk   chunks of the stream; `spare-N.chunk` are those that wait to be used, preallocated
+    DIR/manifest.json   whose log it is, and the epoch whose chunks count; without it there is no log
+    DIR/*.chunk         preallocated; the header of each says which one it is now, its name says nothing
 
-Room is taken at the mount, so it cannot be missing later. What stands in a spare chunk of its former life does not
-count in its next one (format.Header.seed). The manifest is replaced as a whole (fsync, rename, fsync of the directory),
-so one step makes an epoch count or a log end.
+Room is taken at the mount, so it cannot be missing later, and taking or giving back a chunk changes nothing in the
+directory, so it costs no sync of it. The manifest is replaced as a whole (fsync, rename, fsync of the directory): one
+step makes an epoch count or a log end.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ import mmap
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from wbfuse.writeback.disk.format import DamagedError
+from wbfuse.writeback.disk.format import PAGE, DamagedError, Header
 from wbfuse.writeback.log import LogError
 
 MANIFEST = "manifest.json"
 _NEW = ".manifest"
 _SUFFIX = ".chunk"
-_SPARE = "spare-"
 _MOST_BUFFERS = 1024
 """IOV_MAX."""
 
@@ -83,6 +82,13 @@ class Directory:
     def __init__(self, path: str, fd: int | None = None, make: bool = False) -> None:
         self.path = path
         self.fd = self._open(path, make) if fd is None else fd
+        self._free: list[str] = []
+        """Files that may be written anew; the one that was given back last comes last."""
+        self._at: dict[tuple[int, int], str] = {}
+        """The file in which a chunk of (epoch, number) stands."""
+        self.newest_epoch = 0
+        """The highest that stands in any file, needed or not."""
+        self._find()
 
     @staticmethod
     def _open(path: str, make: bool) -> int:
@@ -147,30 +153,48 @@ class Directory:
 
     def clear(self) -> None:
         """Give all room back, after `withdraw`. Raises OSError."""
-        for name in self._spares():
+        for name in self._names():
             os.unlink(name, dir_fd=self.fd)
 
     # chunks
 
-    @staticmethod
-    def _name(epoch: int, number: int) -> str:
-        return f"{epoch:06d}-{number:09d}{_SUFFIX}"
+    def _names(self) -> list[str]:
+        return sorted(name for name in os.listdir(self.fd) if name.endswith(_SUFFIX))
+
+    def _find(self) -> None:
+        """What stands in which file, and which files are free: those that the manifest's epoch does not need."""
+        manifest = self.manifest()
+        found: dict[tuple[int, int], str] = {}
+        heads: dict[int, tuple[int, int]] = {}
+        self._free = []
+        for name in self._names():
+            header = Header.decode(self._page(name))
+            if header is None:
+                self._free.append(name)
+                continue
+            found[header.epoch, header.number] = name
+            heads[header.epoch] = max(heads.get(header.epoch, (0, 0)), (header.number, header.head))
+        epoch = manifest["epoch"] if manifest is not None else 0
+        head = heads.get(epoch, (0, 0))[1]
+        self.newest_epoch = max(heads, default=0)
+        self._at = {key: name for key, name in found.items() if key[0] == epoch and key[1] >= head}
+        self._free += [name for key, name in found.items() if key not in self._at]
+
+    def _page(self, name: str) -> bytes:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+        try:
+            return os.pread(fd, PAGE, 0)
+        finally:
+            os.close(fd)
 
     def chunks(self) -> list[tuple[int, int]]:
-        """(epoch, number) of those that are there, in order."""
-        found = []
-        for name in os.listdir(self.fd):
-            epoch, _, number = name.removesuffix(_SUFFIX).partition("-")
-            if name.endswith(_SUFFIX) and epoch.isdigit() and number.isdigit():
-                found.append((int(epoch), int(number)))
-        return sorted(found)
-
-    def _spares(self) -> list[str]:
-        return [name for name in os.listdir(self.fd) if name.startswith(_SPARE)]
+        """(epoch, number) of those that are needed, in order."""
+        return sorted(self._at)
 
     def reserve(self, count: int, size: int) -> None:
         """Have so many chunks of `size` bytes in all. Raises LogError where there is no room for them."""
-        missing = count - len(self._spares()) - len(self.chunks())
+        there = self._names()
+        missing = count - len(there)
         free = self.free()
         if missing * size > free:
             raise LogError(
@@ -179,38 +203,38 @@ class Directory:
             )
         try:
             for _ in range(missing):
-                os.close(self._make(size))
+                self._free.append(self._make())
+            for name in self._free:  # they may be those of a smaller log
+                fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+                try:
+                    os.posix_fallocate(fd, 0, size)
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+            self.sync()
         except OSError as e:
             raise LogError(f"{self.path}: {e.strerror}") from e
 
-    def _make(self, size: int) -> int:
+    def _make(self) -> str:
+        name = f"{secrets.token_hex(8)}{_SUFFIX}"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        name = f"{_SPARE}{secrets.token_hex(8)}{_SUFFIX}"
-        fd = os.open(name, flags, 0o600, dir_fd=self.fd)
-        try:
-            os.posix_fallocate(fd, 0, size)
-        except BaseException:
-            os.close(fd)
-            os.unlink(name, dir_fd=self.fd)
-            raise
-        return fd
+        os.close(os.open(name, flags, 0o600, dir_fd=self.fd))
+        return name
 
     def create(self, epoch: int, number: int, size: int) -> Chunk:
-        """A chunk to be written anew, which is there after a power cut as well. Raises OSError."""
-        spares = self._spares()
-        if not spares:
-            os.close(self._make(size))
-            spares = self._spares()
-        name = self._name(epoch, number)
-        fd = os.open(spares[0], os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
-        try:
-            os.posix_fallocate(fd, 0, size)  # it may be one of a smaller log
-            os.fsync(fd)
-            os.rename(spares[0], name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        """A chunk to be written anew, from its header on. Raises OSError."""
+        if not self._free:
+            self._free.append(self._make())
             self.sync()
+        name = self._free[-1]
+        fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+        try:
+            if os.fstat(fd).st_size < size:
+                os.posix_fallocate(fd, 0, size)
         except BaseException:
             os.close(fd)
             raise
+        self._at[epoch, number] = self._free.pop()
         return Chunk(fd, self._past_the_cache(name))
 
     def _past_the_cache(self, name: str) -> int | None:
@@ -220,15 +244,17 @@ class Directory:
             return None
 
     def remove(self, chunks: Iterable[tuple[int, int]]) -> None:
-        """One after another, so that no power cut leaves a later one missing before an earlier. Raises OSError."""
-        for epoch, number in chunks:
-            spare = f"{_SPARE}{secrets.token_hex(8)}{_SUFFIX}"
-            os.rename(self._name(epoch, number), spare, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-            self.sync()
+        """They are not needed any more; what stands in them is passed over (Header.head) until it is written over."""
+        for chunk in list(chunks):
+            self._free.insert(0, self._at.pop(chunk))
 
-    def view(self, epoch: int, number: int) -> memoryview:
-        """A chunk to read, as it is now. Raises OSError."""
-        fd = os.open(self._name(epoch, number), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+    def views(self) -> Iterator[memoryview]:
+        """The chunks that are needed, to read, as they are now. Raises OSError."""
+        for chunk in self.chunks():
+            yield self._view(self._at[chunk])
+
+    def _view(self, name: str) -> memoryview:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
         try:
             size = os.fstat(fd).st_size
             if not size:

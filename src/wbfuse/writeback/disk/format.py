@@ -23,7 +23,7 @@ from wbfuse.writeback import records
 PAGE = 4096
 VERSION = 1
 _MAGIC = b"wbfuselg"
-_HEADER = Struct("<8sIIQQQQQ16s")
+_HEADER = Struct("<8sIIQQQQQQ16s")
 _FRAME = Struct("<QIIQII")
 _CHECK = Struct("<Q")
 FRAME = _CHECK.size + _FRAME.size
@@ -53,8 +53,9 @@ class Header:
 
     epoch: int
     number: int
-    first: bool
-    """The epoch begins here."""
+    """From 1 on."""
+    head: int
+    """The first chunk that was needed when this one was begun."""
     previous_end: int
     log_size: int
     max_write: int
@@ -63,7 +64,7 @@ class Header:
     def encode(self) -> bytes:
         """One page."""
         body = _HEADER.pack(
-            _MAGIC, VERSION, int(self.first), self.epoch, self.number, self.previous_end, self.log_size, self.max_write,
+            _MAGIC, VERSION, 0, self.epoch, self.number, self.head, self.previous_end, self.log_size, self.max_write,
             self.uuid,
         )  # fmt: skip
         return (body + _CHECK.pack(xxhash.xxh3_64_intdigest(body))).ljust(PAGE, b"\0")
@@ -74,13 +75,13 @@ class Header:
         if len(raw) < _HEADER.size + _CHECK.size:
             return None
         body = bytes(raw[: _HEADER.size])
-        magic, version, first, epoch, number, previous_end, size, max_write, uuid = _HEADER.unpack(body)
+        magic, version, _, epoch, number, head, previous_end, size, max_write, uuid = _HEADER.unpack(body)
         (check,) = _CHECK.unpack_from(raw, _HEADER.size)
         if magic != _MAGIC or check != xxhash.xxh3_64_intdigest(body):
             return None
         if version > VERSION:
             raise DamagedError(f"made by a newer wbfuse (log version {version}, this one knows {VERSION}); update it")
-        return cls(epoch, number, bool(first), previous_end, size, max_write, uuid)
+        return cls(epoch, number, head, previous_end, size, max_write, uuid)
 
     @property
     def seed(self) -> int:
@@ -163,21 +164,23 @@ class Image:
     sequence: int = 0
 
 
-def read(chunks: Iterable[tuple[int, memoryview]], epoch: int) -> Image | None:
-    """What the (number, bytes) of an epoch's chunks say; None where nothing was ever committed in it.
+def read(chunks: Iterable[memoryview], epoch: int) -> Image | None:
+    """What the chunks of an epoch say, in any order and among others; None where nothing was ever committed in it.
 
     The image refers to the chunks. Raises DamagedError where something is missing that was there.
     """
-    found: list[tuple[Header, memoryview]] = []
-    for number, chunk in sorted(chunks):
-        header = Header.decode(chunk)
-        if header is not None and (header.epoch, header.number) == (epoch, number):  # else it was not begun yet
-            found.append((header, chunk))
+    headers = [(header, chunk) for chunk in chunks if (header := Header.decode(chunk)) is not None]
+    found = {header.number: (header, chunk) for header, chunk in headers if header.epoch == epoch}
     if not found:
         return None
-    image = Image(found[0][0].log_size, found[0][0].max_write)
+    last = max(found)
+    first = found[last][0].head
+    image = Image(found[last][0].log_size, found[last][0].max_write)
     batch: list[Frame] = []
-    for i, (header, chunk) in enumerate(found):
+    for number in range(first, last + 1):
+        if number not in found:
+            raise DamagedError(f"chunk {number} is damaged at its beginning; {last - number} more follow it")
+        header, chunk = found[number]
         at = PAGE
         for f in frames(chunk, header.seed):
             at = f.end
@@ -185,19 +188,12 @@ def read(chunks: Iterable[tuple[int, memoryview]], epoch: int) -> Image | None:
             if f.kind == Kind.COMMIT:
                 _apply(image, batch)
                 batch = []
-        if i + 1 == len(found):
-            break
-        following = found[i + 1][0]
-        # A chunk is durable before the next is begun.
-        if following.number != header.number + 1 or following.previous_end != at:
-            raise DamagedError(
-                f"chunk {header.number} is damaged at byte {at}, and {len(found) - i - 1} more follow it"
-            )
-    if image.batches:
-        return image
-    if not found[0][0].first:  # its beginning went only after something later was durable
-        raise DamagedError(f"chunk {found[0][0].number} is damaged, and what was before it is gone")
-    return None
+        if number + 1 in found and found[number + 1][0].previous_end != at:
+            # A chunk is durable before the next is begun.
+            raise DamagedError(f"chunk {number} is damaged at byte {at}; {last - number} more follow it")
+    if not image.batches and first > 1:  # its beginning went only after something later was durable
+        raise DamagedError(f"chunk {first} is damaged, and what was before it is gone")
+    return image if image.batches else None
 
 
 def _apply(image: Image, batch: list[Frame]) -> None:

@@ -37,7 +37,7 @@ def load(directory: Directory, adapt: Callable[[dict[int, bytes]], None] = lambd
         if manifest is None:
             return None
         epoch = manifest["epoch"]
-        image = read([(n, directory.view(e, n)) for e, n in directory.chunks() if e == epoch], epoch)
+        image = read(directory.views(), epoch)
         if image is None:
             raise DamagedError("its chunks are missing")
     except DamagedError as e:

@@ -63,6 +63,8 @@ class Chunk(Protocol):
 class Directory(Protocol):
     """As directory.Directory has it."""
 
+    @property
+    def newest_epoch(self) -> int: ...
     def publish(self, manifest: dict[str, Any]) -> None: ...
     def withdraw(self) -> None: ...
     def chunks(self) -> list[tuple[int, int]]: ...
@@ -118,7 +120,7 @@ class DiskLog:
         self._withdrawn = True
         """What cannot be gone on with is gone from the disk."""
         self.bytes_written = 0
-        self._epoch = max((e for e, _ in directory.chunks()), default=0)
+        self._epoch = directory.newest_epoch
         self._uuid = uuid.UUID(manifest["uuid"]).bytes
         self._begun = False
         self._written: list[_Written] = []
@@ -392,7 +394,8 @@ class DiskLog:
         self._close_chunk()
         number = before.number + 1 if before else 1
         self._chunk = self._directory.create(self._epoch, number, self._chunk_size)
-        header = Header(self._epoch, number, before is None, end if before else 0, *self._log.asked, self._uuid)
+        head, end = (self._written[0].number, end) if before else (1, 0)
+        header = Header(self._epoch, number, head, end, *self._log.asked, self._uuid)
         self._chunk.write([header.encode()], 0)
         self._seed = header.seed
         self._at = self._out_at = PAGE
