@@ -165,6 +165,8 @@ class SimDisk(DiskLog):
         if not self.when_durable(ended.append, sequence):
             while not ended:
                 self.step(sync=True)
+            if ended[0] and not self.broken:
+                raise OSError(ended[0], "the log on disk does not answer")
 
 
 @contextmanager

@@ -252,13 +252,15 @@ def test_no_room_for_it_is_said_at_the_mount(workdir: Path, log: Path) -> None:
 
 # without a mount
 
+MANIFEST = {"source": "x", "uuid": "0" * 32, "identity": [1]}
+
 
 def made(directory: object, count: int = 40, seed: int = 1) -> tuple[Log, Journal]:
     """A log of `count` payloads that a writer has brought to `directory`, batch by batch."""
     rng = random.Random(seed)
     log_, journal = Log(4 << 20, 1 << 18), Journal()
     writer = DiskLog(
-        directory, log_, journal, threading.Lock(), lambda _freed: None, {"source": "x", "uuid": "0" * 32}  # type: ignore[arg-type]
+        directory, log_, journal, threading.Lock(), lambda _freed: None, MANIFEST  # type: ignore[arg-type]
     )  # fmt: skip
     journal.put(Kind.LOG, 0, bytes(16))
     for n in range(count):
@@ -350,9 +352,9 @@ def test_whatever_stands_in_a_chunk_the_reader_misreads_nothing(whole: bytes, da
             case "noise":
                 piece = data.draw(st.binary(min_size=1, max_size=100))
                 raw[at : at + len(piece)] = piece[: len(raw) - at]
-    before = stream.read([memoryview(whole)], 1)
+    before = stream.read([memoryview(whole)], 1, bytes(16))
     assert before is not None
-    after = stream.read([memoryview(bytes(raw))], 1)
+    after = stream.read([memoryview(bytes(raw))], 1, bytes(16))
     if after is None:
         return
     assert after.batches <= before.batches
@@ -371,9 +373,9 @@ def test_frames_that_are_whole_and_make_no_sense_are_refused(raw: bytes, body: b
         *stream.frame(header.seed, stream.Kind.JOURNAL, [raw]),
         *stream.frame(header.seed, stream.Kind.SLOTS, [body], len(raw) % 9, 1, first % 9000, len(body) % 5),
         *stream.frame(header.seed, stream.Kind.PAGES, [body], len(raw) % 9, 1, first % 9000, len(body) % 5),
-        *stream.commit(header.seed, 1, 5),
+        *stream.commit(header.seed, 1, 5, 0),
     ]
-    image = stream.read([memoryview(header.encode() + b"".join(map(bytes, parts)))], 1)
+    image = stream.read([memoryview(header.encode() + b"".join(map(bytes, parts)))], 1, bytes(16))
     assert image is not None
     try:
         os.close(restore_log(image))

@@ -325,7 +325,10 @@ class Engine:
         errors: dict[int, int] = {}
         if work:
             if self.cache.disk is not None:  # what the store has, the log on disk must know
-                self.cache.disk.wait(max(g.sequence for _, g, _ in work))
+                try:
+                    self.cache.disk.wait(max(g.sequence for _, g, _ in work))
+                except OSError as e:
+                    return {f.ino: e.errno or errno.EIO for f, _, _ in work}
             with self.cache.lock:
                 seen = [f.attr_version for f, _, _ in work]
             errors = self._commit([r for _, _, r in work])

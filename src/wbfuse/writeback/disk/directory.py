@@ -18,15 +18,19 @@ import mmap
 import os
 import secrets
 import stat
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from wbfuse.writeback.disk.format import PAGE, DamagedError, Header
+from wbfuse.store.directory import syscalls
+from wbfuse.wire.constants import RENAME_EXCHANGE
+from wbfuse.writeback.disk.format import PAGE, Header
 from wbfuse.writeback.log import LogError
 
 MANIFEST = "manifest.json"
 _NEW = ".manifest"
 _SUFFIX = ".chunk"
+_KNOWN = (MANIFEST, _NEW, "lost+found")
 _MOST_BUFFERS = 1024
 """IOV_MAX."""
 
@@ -94,7 +98,8 @@ class Directory:
     def _open(path: str, make: bool) -> int:
         try:
             if make:
-                os.makedirs(path, 0o700, exist_ok=True)
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(path, 0o700)
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as e:
             raise LogError(f"{path}: cannot be the directory of a log: {e.strerror}") from e
@@ -105,7 +110,7 @@ class Directory:
             if stat.S_IMODE(found.st_mode) & 0o077:
                 raise LogError(f"{path}: others can get at it; a log holds what was written: chmod 700 {path}")
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            strange = [n for n in os.listdir(fd) if n not in (MANIFEST, _NEW) and not n.endswith(_SUFFIX)]
+            strange = [n for n in os.listdir(fd) if n not in _KNOWN and not n.endswith(_SUFFIX)]
             if strange:
                 raise LogError(f"{path}: is in use for something else ({strange[0]}); choose another directory")
         except BlockingIOError:
@@ -119,7 +124,7 @@ class Directory:
     # the manifest
 
     def manifest(self) -> dict[str, Any] | None:
-        """None where there is no log. Raises DamagedError."""
+        """None where there is no log. Raises LogError."""
         try:
             fd = os.open(MANIFEST, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
         except FileNotFoundError:
@@ -127,34 +132,41 @@ class Directory:
         with os.fdopen(fd, "rb") as f:
             try:
                 found = json.load(f)
-                if not isinstance(found["epoch"], int) or not isinstance(found["source"], str):
-                    raise ValueError("no epoch or source")
-            except (ValueError, KeyError, TypeError) as e:
-                raise DamagedError(f"{self.path}/{MANIFEST}: {e}") from e
+                sound = isinstance(found["epoch"], int) and isinstance(found["source"], str) and found["identity"]
+                uuid.UUID(found["uuid"])
+                if not sound:
+                    raise ValueError("no epoch, source or identity")
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
+                raise LogError(f"{self.path}/{MANIFEST}: is damaged ({e}); see: wbfuse recover {self.path}/") from e
         return dict(found)
 
     def publish(self, manifest: dict[str, Any]) -> None:
-        """From here on this is the manifest. Raises OSError."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(_NEW, flags, 0o600, dir_fd=self.fd)
-        with os.fdopen(fd, "w", encoding="utf-8") as out:
-            json.dump(manifest, out)
-            out.flush()
+        """From here on this is the manifest. Needs no room that is not there. Raises OSError."""
+        raw = json.dumps(manifest).encode().ljust(PAGE)
+        fd = os.open(_NEW, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
+        try:
+            _write(fd, [raw], 0)
             os.fsync(fd)
-        os.rename(_NEW, MANIFEST, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        finally:
+            os.close(fd)
+        try:
+            syscalls.renameat2(self.fd, os.fsencode(_NEW), self.fd, os.fsencode(MANIFEST), RENAME_EXCHANGE)
+        except FileNotFoundError:
+            os.rename(_NEW, MANIFEST, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         self.sync()
 
     def withdraw(self) -> None:
         """From here on there is no log; its chunks are free. Raises OSError."""
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(MANIFEST, dir_fd=self.fd)
+            os.rename(MANIFEST, _NEW, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         self.sync()
         self.remove(self.chunks())
 
     def clear(self) -> None:
         """Give all room back, after `withdraw`. Raises OSError."""
-        for name in self._names():
-            os.unlink(name, dir_fd=self.fd)
+        for name in [*self._names(), _NEW]:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=self.fd)
 
     # chunks
 
@@ -163,7 +175,10 @@ class Directory:
 
     def _find(self) -> None:
         """What stands in which file, and which files are free: those that the manifest's epoch does not need."""
-        manifest = self.manifest()
+        try:
+            manifest = self.manifest()
+        except LogError:
+            manifest = None  # who wants it will be told
         found: dict[tuple[int, int], str] = {}
         heads: dict[int, tuple[int, int]] = {}
         self._free = []
@@ -211,6 +226,11 @@ class Directory:
                     os.fsync(fd)
                 finally:
                     os.close(fd)
+            fd = os.open(_NEW, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
+            try:
+                os.posix_fallocate(fd, 0, PAGE)
+            finally:
+                os.close(fd)
             self.sync()
         except OSError as e:
             raise LogError(f"{self.path}: {e.strerror}") from e
@@ -260,6 +280,9 @@ class Directory:
             if not size:
                 return memoryview(b"")
             os.posix_fadvise(fd, 0, size, os.POSIX_FADV_WILLNEED)
+            scratch = memoryview(bytearray(1 << 20))
+            for at in range(0, size, len(scratch)):  # a sector that cannot be read is an error here, and a signal there
+                os.preadv(fd, [scratch], at)
             mapped = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
             mapped.madvise(mmap.MADV_SEQUENTIAL)
             return memoryview(mapped)

@@ -28,7 +28,7 @@ _FRAME = Struct("<QIIQII")
 _CHECK = Struct("<Q")
 FRAME = _CHECK.size + _FRAME.size
 """Bytes of a frame's head."""
-_SEQUENCE = Struct("<Q")
+_COMMIT = Struct("<QQ")
 _MASK = (1 << 64) - 1
 
 
@@ -44,7 +44,8 @@ class Kind(IntEnum):
     JOURNAL = 2
     """Records of the journal, one after another."""
     COMMIT = 3
-    """Everything up to here counts; `life` is the number of the batch. The body is the highest sequence in it."""
+    """Everything up to here counts; `life` is the number of the batch. The body is the highest sequence in it, and the
+    last batch that was known to be durable."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -106,8 +107,24 @@ def whole_pages(size: int) -> int:
     return size + PAGE - 1 & -PAGE
 
 
-def commit(seed: int, batch: int, sequence: int) -> list[memoryview | bytes]:
-    return frame(seed, Kind.COMMIT, [_SEQUENCE.pack(sequence)], life=batch)
+def commit(seed: int, batch: int, sequence: int, durable: int) -> list[memoryview | bytes]:
+    return frame(seed, Kind.COMMIT, [_COMMIT.pack(sequence, durable)], life=batch)
+
+
+_ANY_COMMIT = _FRAME.pack(_COMMIT.size, Kind.COMMIT, 0, 0, 0, 0)[:16]
+
+
+def _durable_after(chunk: memoryview, at: int, seed: int) -> int:
+    """The highest batch that a COMMIT behind `at`, found wherever it stands, says was durable."""
+    raw, found = bytes(chunk[at:]), 0
+    place = raw.find(_ANY_COMMIT)
+    while place >= 0:
+        for f in frames(chunk, seed, at + place - _CHECK.size):
+            if f.kind == Kind.COMMIT:
+                found = max(found, _COMMIT.unpack(f.body)[1])
+            break
+        place = raw.find(_ANY_COMMIT, place + 1)
+    return found
 
 
 @dataclass(slots=True, frozen=True)
@@ -128,10 +145,9 @@ class Frame:
         return whole_pages(self.begin + FRAME + at) - self.begin - FRAME if self.kind == Kind.PAGES else at
 
 
-def frames(chunk: memoryview, seed: int) -> Iterator[Frame]:
+def frames(chunk: memoryview, seed: int, at: int = PAGE) -> Iterator[Frame]:
     """The frames of a chunk, up to the first that is not whole."""
-    at = PAGE
-    while at + FRAME <= len(chunk):
+    while 0 <= at <= len(chunk) - FRAME:
         (check,) = _CHECK.unpack_from(chunk, at)
         length, kind, segment, life, first, count = _FRAME.unpack_from(chunk, at + _CHECK.size)
         end = at + FRAME + length + -length % 8
@@ -161,21 +177,35 @@ class Image:
     table: dict[int, bytes] = field(default_factory=dict)
     """The journal's, by tag."""
     batches: int = 0
-    sequence: int = 0
+    batch: int = 0
+    """The number of the last."""
+    warning: str = ""
+    """What is missing, where that was not to be an error."""
 
 
-def read(chunks: Iterable[memoryview], epoch: int) -> Image | None:
+def read(chunks: Iterable[memoryview], epoch: int, uuid: bytes, lenient: bool = False) -> Image | None:
     """What the chunks of an epoch say, in any order and among others; None where nothing was ever committed in it.
 
-    The image refers to the chunks. Raises DamagedError where something is missing that was there.
+    The image refers to the chunks. Raises DamagedError where something is missing that was there; with `lenient` what
+    stands before it is answered, with a `warning`.
     """
     headers = [(header, chunk) for chunk in chunks if (header := Header.decode(chunk)) is not None]
-    found = {header.number: (header, chunk) for header, chunk in headers if header.epoch == epoch}
+    found = {h.number: (h, chunk) for h, chunk in headers if (h.epoch, h.uuid) == (epoch, uuid)}
     if not found:
         return None
     last = max(found)
     first = found[last][0].head
     image = Image(found[last][0].log_size, found[last][0].max_write)
+    try:
+        _read_all(image, found, first, last)
+    except DamagedError as e:
+        if not lenient:
+            raise
+        image.warning = str(e)
+    return image if image.batches else None
+
+
+def _read_all(image: Image, found: dict[int, tuple[Header, memoryview]], first: int, last: int) -> None:
     batch: list[Frame] = []
     for number in range(first, last + 1):
         if number not in found:
@@ -188,12 +218,13 @@ def read(chunks: Iterable[memoryview], epoch: int) -> Image | None:
             if f.kind == Kind.COMMIT:
                 _apply(image, batch)
                 batch = []
+        # A chunk is durable before the next is begun.
         if number + 1 in found and found[number + 1][0].previous_end != at:
-            # A chunk is durable before the next is begun.
             raise DamagedError(f"chunk {number} is damaged at byte {at}; {last - number} more follow it")
+        if number == last and _durable_after(chunk, at, header.seed) > image.batch:
+            raise DamagedError(f"chunk {number} is damaged at byte {at}, before what was durable")
     if not image.batches and first > 1:  # its beginning went only after something later was durable
         raise DamagedError(f"chunk {first} is damaged, and what was before it is gone")
-    return image if image.batches else None
 
 
 def _apply(image: Image, batch: list[Frame]) -> None:
@@ -213,4 +244,4 @@ def _apply(image: Image, batch: list[Frame]) -> None:
                     image.table[tag] = value
         elif f.kind == Kind.COMMIT:
             image.batches += 1
-            (image.sequence,) = _SEQUENCE.unpack(f.body)
+            image.batch = f.life

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from wbfuse.journal import Journal
 from wbfuse.journal import Kind as Entry
@@ -25,29 +25,35 @@ class Loaded:
 
     log: int
     journal: int
-    manifest: dict[str, Any]
     dirty: int
     """Files that have what the store has not."""
+    warning: str
+    """What of the log could not be read."""
 
 
-def load(directory: Directory, adapt: Callable[[dict[int, bytes]], None] = lambda _table: None) -> Loaded | None:
-    """What a log on disk holds; None where there is none. `adapt` may change the journal's table. Raises LogError."""
+def load(
+    directory: Directory, adapt: Callable[[dict[int, bytes]], None] = lambda _table: None, lenient: bool = False
+) -> Loaded | None:
+    """What a log on disk holds; None where there is none. `adapt` may change the journal's table.
+
+    Raises LogError; of a damaged one only where not `lenient`.
+    """
+    manifest = directory.manifest()
+    if manifest is None:
+        return None
     try:
-        manifest = directory.manifest()
-        if manifest is None:
-            return None
-        epoch = manifest["epoch"]
-        image = read(directory.views(), epoch)
+        image = read(directory.views(), manifest["epoch"], uuid.UUID(manifest["uuid"]).bytes, lenient)
         if image is None:
             raise DamagedError("its chunks are missing")
     except DamagedError as e:
-        raise LogError(f"{directory.path}: the log cannot be used: {e}; see: wbfuse recover {directory.path}") from e
+        raise LogError(f"{directory.path}: the log cannot be used: {e}; see: wbfuse recover {directory.path}/") from e
     except OSError as e:
         raise LogError(f"{directory.path}: {e.strerror}") from e
     adapt(image.table)
     journal = restore_journal(image)
     log = restore_log(image)
-    return Loaded(log, os.dup(journal.fd), manifest, sum(tag & 0xFF == Entry.DIRTY for tag in image.table))
+    dirty = sum(tag & 0xFF == Entry.DIRTY for tag in image.table)
+    return Loaded(log, os.dup(journal.fd), dirty, image.warning)
 
 
 def restore_journal(image: Image) -> Journal:

@@ -1,13 +1,16 @@
 """The writer: carries what is new in log and journal to the chunks of a log on disk, batch by batch.
 
-    begin --all of it durable, manifest--> current --error--> (withdrawn) broken --a while later--> begin, a new epoch
+    BEGINNING --all of it durable, manifest--> CURRENT --error--> WITHDRAWING --manifest or note gone--> BROKEN
+       ^ |error, and an older epoch counts: again later                                                     |
+       +-+-------------------------------------------a while later------------------------------------------+
 
 A batch is what was new at one instant, taken with the cache's lock held: records and payloads of segments that are
 pinned until they are written, and everything that went to the journal. So after each COMMIT the chunks say what
 memory said at that instant, and all that was accepted before it.
 
 What makes it safe to replay: a round goes to the store only after its records are durable here (`wait`), so the store
-never has anything that the chunks do not know of. Where they cannot be written they are withdrawn first.
+never has anything that the chunks do not know of. Where they cannot be written they are withdrawn first; in BROKEN
+alone the store may be given what is not here.
 
 Locks: the cache's `lock`, for an instant, to take a batch; `_mutex` for numbers and waiters, inside it. Chunks are the
 writer's own.
@@ -18,10 +21,12 @@ from __future__ import annotations
 import errno
 import logging
 import threading
+import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Protocol
 
 from wbfuse.journal import Journal
@@ -69,7 +74,17 @@ class Directory(Protocol):
     def withdraw(self) -> None: ...
     def chunks(self) -> list[tuple[int, int]]: ...
     def create(self, epoch: int, number: int, size: int) -> Chunk: ...
-    def remove(self, chunks: list[tuple[int, int]]) -> None: ...
+    def remove(self, chunks: Iterable[tuple[int, int]]) -> None: ...
+
+
+class State(Enum):
+    BEGINNING = "beginning"
+    """A new epoch is being written; what counts on disk is an older one, or nothing."""
+    CURRENT = "current"
+    WITHDRAWING = "withdrawing"
+    """It could not be written, and still counts."""
+    BROKEN = "broken"
+    """Nothing counts on disk, so nothing can be promised."""
 
 
 @dataclass(slots=True)
@@ -86,13 +101,19 @@ class _Written:
 class DiskLog:
     """Copies `log` and `journal` to `directory`. `lock` guards the log; `freed` is told when a segment became free.
 
-    `manifest` is what to publish; `start` runs the writer in a thread of its own.
+    `manifest` is what to publish; `start` runs the writer in a thread of its own. `remember` and `forget` have the
+    source note durably that it has this log, or none: a log counts only where manifest and note agree. Raise OSError.
     """
 
     def __init__(
         self, directory: Directory, log_: Log, journal: Journal, lock: threading.Lock, freed: Callable[[bool], None],
-        manifest: dict[str, Any],
+        manifest: dict[str, Any], remember: Callable[[], None] = lambda: None,
+        forget: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
+        self._remember, self._forget = remember, forget
+        self._clock = clock
+        self.on_defect: Callable[[], None] | None = None
+        """Called, from the writer's thread, when it cannot go on."""
         self._directory = directory
         self._log = log_
         self._journal = journal
@@ -114,15 +135,18 @@ class DiskLog:
         """The one that was taken last."""
         self._taken = self._durable = 0
         """The highest sequence in it, and in the last one that is durable."""
-        self._stopping = False
+        self._durable_batch = 0
+        self._last_commit = self._safe_commit = 0
+        """The batch of the last COMMIT that was written, and of the last that is durable."""
+        self._stopping = self._abandoned = False
         self.error = ""
         """Why nothing can be written; empty while it can."""
-        self._withdrawn = True
-        """What cannot be gone on with is gone from the disk."""
+        self.state = State.BEGINNING
+        self._older = bool(directory.chunks())
+        """An epoch before this one counts on disk, and the store has nothing that it does not know of."""
         self.bytes_written = 0
         self._epoch = directory.newest_epoch
         self._uuid = uuid.UUID(manifest["uuid"]).bytes
-        self._begun = False
         self._written: list[_Written] = []
         self._since: dict[int, int] = {}
         """The chunk in which the copy of a segment begins."""
@@ -132,7 +156,8 @@ class DiskLog:
         self._out: list[memoryview | bytes] = []
         self._out_bytes = 0
         self._out_at = 0
-        self._unsynced = False
+        self._unsynced: float | None = None
+        """Since when something is written and not durable."""
         self._thread = threading.Thread(target=self._run, name="disk-log", daemon=True)
         journal.on_append = self._appended
         log_.on_stamp = self._stamped
@@ -181,8 +206,7 @@ class DiskLog:
 
     @property
     def broken(self) -> bool:
-        """Nothing is on disk, and nothing can be promised."""
-        return bool(self.error) and self._withdrawn
+        return self.state is State.BROKEN
 
     def when_durable(self, done: Callable[[int], None], sequence: int | None = None) -> bool:
         """Call `done` once everything accepted so far (or up to a sequence) is on disk, with 0 or an errno.
@@ -190,45 +214,85 @@ class DiskLog:
         Answers True, and never calls it, where that is so already, or the log is broken.
         """
         with self._mutex:
-            if self.broken or (sequence is not None and sequence <= self._durable and self._begun):
+            if self.broken or (self.state is State.CURRENT and self._is_durable(sequence)):
                 return True
-            under_way = sequence is not None and sequence <= self._taken
-            self._waiting.append((self._batch + (not under_way), done))
-            self._dirty = True
-            self._wake.notify_all()
-            return False
+            if not self._abandoned:
+                under_way = sequence is not None and sequence <= self._taken
+                self._waiting.append((self._batch + (not under_way), done))
+                self._dirty = True
+                self._wake.notify_all()
+                return False
+        done(errno.EIO)
+        return False
+
+    def _is_durable(self, sequence: int | None) -> bool:
+        """Held: mutex."""
+        if sequence is None:
+            return not self._dirty and self._durable_batch == self._batch
+        return sequence <= self._durable
 
     def wait(self, sequence: int | None = None) -> None:
-        """Until the store may be given what was accepted so far, or up to a sequence."""
+        """Until the store may be given what was accepted so far, or up to a sequence. Raises EIO where it never may."""
+        answers: list[int] = []
         ended = threading.Event()
-        if not self.when_durable(lambda _error: ended.set(), sequence):
+
+        def done(error: int) -> None:
+            answers.append(error)
+            ended.set()
+
+        if not self.when_durable(done, sequence):
             ended.wait()
+            if answers[0] and not self.broken:
+                raise OSError(answers[0], "the log on disk does not answer")
+
+    def abandon(self) -> None:
+        """Nobody waits for it any more: the mount ends though it cannot be written. It still counts."""
+        with self._mutex:
+            self._abandoned = True
+        self._answer_all(errno.EIO)
+
+    def _answer_all(self, error: int) -> None:
+        with self._mutex:
+            waiting = [done for _, done in self._waiting]
+            self._waiting.clear()
+        for done in waiting:
+            done(error)
 
     # the thread
 
     def _run(self) -> None:
-        while True:
+        try:
+            while self._turn():
+                pass
+        except Exception:
+            log.exception("the log on disk failed")
+            if self.on_defect is None:
+                raise
+            self.on_defect()
+
+    def _turn(self) -> bool:
+        """Wait for something to do and do it. False: it is over."""
+        with self._mutex:
+            while not (self._dirty or self._stopping):
+                if not self._wake.wait(None if self._unsynced is None else _IDLE):
+                    break
+            if not (self._waiting or self._stopping) and self._dirty:
+                self._wake.wait(_PAUSE)
+            stopping = self._stopping
+            old = self._unsynced is not None and self._clock() - self._unsynced >= _IDLE
+        self.step(sync=stopping or old)
+        if self.error and not stopping:
             with self._mutex:
-                while not (self._dirty or self._stopping):
-                    if not self._wake.wait(_IDLE if self._unsynced else None):
-                        break
-                if not (self._waiting or self._stopping) and self._dirty:
-                    self._wake.wait(_PAUSE)
-                stopping, sync = self._stopping, bool(self._waiting) or not self._dirty
-            self.step(sync or stopping)
-            if stopping:
-                return
-            if self.error:
-                with self._mutex:
-                    self._wake.wait_for(lambda: self._stopping, _AGAIN)
+                self._wake.wait_for(lambda: self._stopping, _AGAIN)
+        return not stopping
 
     def step(self, sync: bool) -> None:
         """Write one batch, and make everything durable where `sync` says so or somebody waits. For the thread, and
         for simulations."""
         try:
-            if not self._withdrawn:
+            if self.state is State.WITHDRAWING:
                 self._withdraw()
-            if not self._begun:
+            if self.state is not State.CURRENT:
                 self._begin()
             self._write_batch()
             if sync or self._waiting:
@@ -242,6 +306,9 @@ class DiskLog:
 
     def _begin(self) -> None:
         """A new epoch: everything is written again, and counts once it is durable."""
+        with self._mutex:
+            self.state = State.BEGINNING  # from here on the store gets nothing that is not here
+        self._remember()
         old = self._directory.chunks()
         self._epoch += 1
         self._written.clear()
@@ -260,30 +327,38 @@ class DiskLog:
         self._directory.publish(self._manifest | {"epoch": self._epoch})
         self._directory.remove(old)
         with self._mutex:
-            self._begun, self.error = True, ""
+            self.state, self.error, self._older = State.CURRENT, "", True
         self._sync()
 
     def _break(self, error: OSError) -> None:
-        """It cannot be written. What is there is older than the store soon: it must be gone before anybody goes on."""
+        """It cannot be written. What is there is older than the store soon: it must not count when anybody goes on."""
         if not self.error:
-            log.error("the log on disk cannot be written: %s; going on without it", error)
+            log.error("the log on disk cannot be written: %s", error)
         self._close_chunk()
         with self._mutex:
-            self._begun = self._withdrawn = False
             self.error = error.strerror or str(error)
-        try:
-            self._withdraw()
-        except OSError as e:
-            log.error("the log on disk cannot be removed: %s; write-back waits", e)
+        if self.state is State.BEGINNING:
+            self._directory.remove(chunk for chunk in self._directory.chunks() if chunk[0] == self._epoch)
+            if self._older:
+                return  # it counts, and is all that there is: the store waits until this works
+        with self._mutex:
+            self.state = State.WITHDRAWING
+        self._withdraw()
 
     def _withdraw(self) -> None:
-        self._directory.withdraw()
+        """Have it count no more: without the manifest, or without the source's note."""
+        errors: list[OSError] = []
+        for act in (self._directory.withdraw, self._forget):
+            try:
+                act()
+            except OSError as e:
+                errors.append(e)
+        if len(errors) == 2:
+            log.error("the log on disk cannot be withdrawn: %s; write-back waits", errors[0])
+            return
         with self._mutex:
-            self._withdrawn = True
-            waiting = [done for _, done in self._waiting]
-            self._waiting.clear()
-        for done in waiting:
-            done(errno.EIO)
+            self.state, self._older = State.BROKEN, False
+        self._answer_all(errno.EIO)
 
     def _write_batch(self) -> None:
         todo: list[tuple[Segment, int, int]] = []
@@ -304,8 +379,9 @@ class DiskLog:
             for s, first, end in todo:
                 self._put_slots(s, first, end)
             self._put_journal(new, tail)
-            if todo or new or not self._begun:
-                self._put(chunks.commit(self._seed, number, sequence))
+            if todo or new or self.state is State.BEGINNING:
+                self._put(chunks.commit(self._seed, number, sequence, self._safe_commit))
+                self._last_commit = number
                 self._flush()
         finally:
             with self._lock:
@@ -324,6 +400,10 @@ class DiskLog:
             if size >= _FRAME_BYTES or i + 1 - begin >= _FRAME_SLOTS or i + 1 == end - first:
                 self._put_frame(s, first + begin, raw[begin * SIZE : (i + 1) * SIZE], found, size)
                 begin, size, found = i + 1, 0, []
+
+    def _wrote(self) -> None:
+        if self._unsynced is None:
+            self._unsynced = self._clock()
 
     def _put_frame(self, s: Segment, first: int, raw: memoryview, payloads: list[tuple[int, int]], size: int) -> None:
         """Large payloads leave as whole pages, straight from the log to the disk."""
@@ -350,7 +430,7 @@ class DiskLog:
         self._at += n
         self._out_at = self._at
         self.bytes_written += n
-        self._unsynced = True
+        self._wrote()
 
     def _put_journal(self, new: list[bytes], tail: int) -> None:
         part: list[memoryview | bytes] = []
@@ -381,7 +461,7 @@ class DiskLog:
         if self._out and self._chunk is not None:
             self._chunk.write(self._out, self._out_at)
             self.bytes_written += self._out_bytes
-            self._unsynced = True
+            self._wrote()
         self._out, self._out_bytes, self._out_at = [], 0, self._at
 
     def _roll(self) -> None:
@@ -410,11 +490,12 @@ class DiskLog:
     def _sync(self) -> None:
         with self._mutex:
             number, sequence = self._batch, self._taken
-        if self._chunk is not None and self._unsynced:
+        if self._chunk is not None and self._unsynced is not None:
             self._chunk.sync()
-        self._unsynced = False
+        self._unsynced = None
+        self._safe_commit = self._last_commit
         with self._mutex:
-            self._durable = sequence
+            self._durable, self._durable_batch = sequence, number
             ready = []
             while self._waiting and self._waiting[0][0] <= number:
                 ready.append(self._waiting.popleft()[1])
@@ -434,7 +515,7 @@ class DiskLog:
 
     def _needless(self) -> bool:
         """Whether the oldest chunk should go: nothing but journal is alive in it, or there are too many."""
-        if not self._begun or len(self._written) < 2:
+        if self.state is not State.CURRENT or len(self._written) < 2:
             return False
         if len(self._written) > self._most:
             return True
