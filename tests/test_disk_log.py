@@ -92,15 +92,15 @@ def test_a_volume_that_another_host_took_over_does_not_get_it(mounter: Mounter, 
     down(m)
     away = log.with_name("away")
     log.rename(away)  # as where the log is on another machine
-    (away / "manifest.json").write_text((away / "manifest.json").read_text())
     log.mkdir(mode=0o700)
+    assert "is its disk mounted?" in wbfuse("mount", volume, str(m.path)).stderr
+    assert wbfuse("recover", "--of", volume, input="y\ny\n").returncode == 0
     other = mounter(source=volume)
     (other.path / "file").write_bytes(b"new")
     other.umount()
     refused = wbfuse("mount", volume, str(m.path), "--log", str(away))
     assert refused.returncode == 2
     assert "was changed without this log" in refused.stderr
-    assert "1 files" not in refused.stderr
     assert wbfuse("recover", f"{away}/").returncode == 0
 
 
@@ -318,7 +318,7 @@ def test_a_newer_version_and_no_manifest_at_all(tmp_path: Path) -> None:
         load(directory)
     for text in ("", "{}", "[1]", json.dumps({"epoch": "1", "source": "x"})):
         (tmp_path / "log/manifest.json").write_text(text)
-        with pytest.raises(LogError, match="cannot be used"):
+        with pytest.raises(LogError, match="is damaged"):
             load(directory)
 
 
@@ -354,7 +354,10 @@ def test_whatever_stands_in_a_chunk_the_reader_misreads_nothing(whole: bytes, da
                 raw[at : at + len(piece)] = piece[: len(raw) - at]
     before = stream.read([memoryview(whole)], 1, bytes(16))
     assert before is not None
-    after = stream.read([memoryview(bytes(raw))], 1, bytes(16))
+    try:
+        after = stream.read([memoryview(bytes(raw))], 1, bytes(16))
+    except stream.DamagedError:
+        return
     if after is None:
         return
     assert after.batches <= before.batches

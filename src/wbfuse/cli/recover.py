@@ -8,8 +8,9 @@ import time
 import click
 
 from wbfuse.cli.units import show_size
+from wbfuse.control.disk import is_note_of, notes
+from wbfuse.store.contract import SourceError
 from wbfuse.writeback.disk.directory import Directory
-from wbfuse.writeback.disk.format import DamagedError
 from wbfuse.writeback.disk.load import load
 from wbfuse.writeback.log import LogError
 from wbfuse.writeback.quarantine import Kept, default_directory, discard, entries, write_out
@@ -48,35 +49,65 @@ def _of_a_log(log: int, journal: int, directory: str | None) -> int:
 def _log_on_disk(path: str, export: str | None, throw: bool) -> None:
     """The same of a directory of `mount --log`."""
     directory = Directory(path)
+    manifest = None
     try:
         manifest = directory.manifest()
-    except DamagedError as e:
-        manifest = {"source": "?"}
-        click.echo(str(e), err=True)
-    if manifest is None:
-        raise click.UsageError(f"{path}: no log is here")
-    click.echo(f"{path}: the log of {manifest['source']}")
-    try:
-        loaded = load(directory)
-        if loaded is not None and not _of_a_log(loaded.log, loaded.journal, export):
+        if manifest is None:
+            raise click.UsageError(f"{path}: no log is here")
+        click.echo(f"{path}: the log of {manifest['source']}")
+        loaded = None if manifest.get("ended") else load(directory, lenient=True)
+        if loaded is not None and loaded.warning:
+            click.echo(f"  damaged, so this is what could be read: {loaded.warning}")
+        if loaded is None or not _of_a_log(loaded.log, loaded.journal, export):
             click.echo("  nothing that the store has not")
     except LogError as e:
         if not throw:
             raise
-        click.echo(f"{e}", err=True)
+        click.echo(str(e), err=True)
     if throw:
-        click.confirm(f"remove the log {path} for good?", abort=True)
-        click.confirm("what was written and is not in the store is lost then; really?", abort=True)
+        _ask_twice(f"remove the log {path}")
         directory.withdraw()
         directory.clear()
         click.echo("removed")
+        if manifest is not None:
+            _forget_in(manifest["source"], manifest["uuid"])
+
+
+def _forget_in(source: str, number: str) -> None:
+    """The log is gone, so its source need not wait for it."""
+    try:
+        found, forget = notes(source)
+        if any(is_note_of(note, number) for note in found):
+            forget()
+    except SourceError as e:
+        click.echo(f"{source} still waits for it ({e}); have it forgotten: wbfuse recover --of {source}", err=True)
+
+
+def _ask_twice(what: str) -> None:
+    click.confirm(f"{what} for good?", abort=True)
+    click.confirm("what was written and is not in the store is lost then; really?", abort=True)
+
+
+def _give_up(source: str) -> None:
+    """Have a source forget the log that its last mount left."""
+    found, forget = notes(source)
+    if not found:
+        raise click.UsageError(f"{source}: knows of no log that was left")
+    for note in found:
+        click.echo(f"{source}: {note}")
+    _ask_twice("forget this log")
+    forget()
+    click.echo("forgotten")
 
 
 @click.command()
 @click.argument("name", required=False)
 @click.option("--export", type=click.Path(), metavar="FILE", help="Copy the entry's bytes to FILE, at their offsets.")
 @click.option("--discard", "throw", is_flag=True, help="Remove the entry. Asks first; of a log on disk twice.")
-def recover(name: str | None, export: str | None, throw: bool) -> None:
+@click.option(
+    "--of", "source", metavar="SOURCE", help="Have SOURCE forget the log that its last mount left. Asks twice."
+)
+def recover(name: str | None, export: str | None, throw: bool, source: str | None) -> None:
     """Show what is in quarantine, the entry NAME there, or what a log on disk has (NAME is its directory, with a /).
 
     In quarantine is dirty data that could not be brought to its store: of files that another host has taken over, of
@@ -86,11 +117,13 @@ def recover(name: str | None, export: str | None, throw: bool) -> None:
     a whole log it gives a directory with such a file for each.
     """
     try:
-        if name is not None and "/" in name:
+        if source is not None:
+            _give_up(source)
+        elif name is not None and "/" in name:
             _log_on_disk(name, export, throw)
         else:
             _quarantined(name, export, throw)
-    except LogError as e:
+    except (LogError, SourceError) as e:
         raise click.ClickException(str(e)) from e
 
 

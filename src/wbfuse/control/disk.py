@@ -6,10 +6,11 @@ import json
 import logging
 import os
 import socket
-import uuid
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from wbfuse.store.directory import nodes, syscalls
+from wbfuse.store.contract import Store
+from wbfuse.store.directory import DirectoryStore, nodes, syscalls
 from wbfuse.writeback.cache import WritebackCache
 from wbfuse.writeback.disk.directory import MANIFEST, Directory
 from wbfuse.writeback.disk.load import Loaded, load
@@ -28,19 +29,18 @@ def identity(spec: Spec) -> list[Any]:
         from wbfuse.store.volume.store import uuid_of
 
         return ["volume", uuid_of(spec.source)]
-    return ["directory", *_statx(spec.source)[1:]]
-
-
-def _statx(path: str) -> syscalls.Identity:
-    """Device, inode and birth of a directory. Raises LogError."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = os.open(spec.source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as e:
-        raise LogError(f"{path}: {e.strerror}") from e
+        raise LogError(f"{spec.source}: {e.strerror}") from e
     try:
-        return syscalls.statx(fd)[1]
+        return _whose(fd)
     finally:
         os.close(fd)
+
+
+def _whose(fd: int) -> list[Any]:
+    return ["directory", *syscalls.statx(fd)[1][1:]]
 
 
 def is_note_of(note: str | None, number: str) -> bool:
@@ -52,51 +52,57 @@ def is_note_of(note: str | None, number: str) -> bool:
 
 
 def unwritten(note: str, anywhere: bool = False) -> str:
-    """How to bring in what the log of a note has; empty where it has ended, or (not `anywhere`) is another host's."""
+    """How to bring in what the log of a note has; empty where (not `anywhere`) it is another host's."""
     try:
         found = json.loads(note)
-        path, host, number = str(found["path"]), str(found["host"]), str(found["uuid"])
+        path, host = str(found["path"]), str(found["host"])
     except (ValueError, KeyError, TypeError):
         return ""
     if host != socket.gethostname() and not anywhere:
         return ""
-    try:
-        with open(os.path.join(path, MANIFEST), encoding="utf-8") as f:
-            there = is_note_of(f.read(), number)
-    except FileNotFoundError:
-        there = not os.path.isdir(path)  # it may be mounted later
-    except (OSError, ValueError):
-        there = True
-    how = f"the log {path}: mount with --log {path}, or give that up with: wbfuse recover {path} --discard"
-    return how if there else ""
+    there = "" if os.path.exists(os.path.join(path, MANIFEST)) else ", which is not there now (is its disk mounted?)"
+    return f"the log {path}{there}: mount with --log {path}"
+
+
+def notes(source: str) -> tuple[list[str], Callable[[], None]]:
+    """The notes of logs that mounts of a source have left, and how to remove them. Raises SourceError."""
+    if "://" in source:
+        from wbfuse.store.volume.store import notes_of
+
+        return notes_of(source)
+    store = DirectoryStore(source)
+    note = store.noted_log()
+    return [] if note is None else [note], lambda: store.note_log(None)
 
 
 class LogDirectory:
-    """The directory of `--log`, and what was found in it. `fd`: as the keeper has kept it, with its lock.
+    """The directory of `--log`, and what was found in it. `kept`: as Mount has it.
 
     Raises LogError, also where it holds the log of another source.
     """
 
-    def __init__(self, path: str, spec: Spec, fd: int | None) -> None:
-        self.directory = Directory(path, fd, make=True)
-        whose = identity(spec)
-        self._manifest: dict[str, Any] = {
-            "source": spec.name, "identity": whose, "uuid": str(uuid.uuid4()), "mountpoint": spec.mountpoint
-        }  # fmt: skip
+    def __init__(self, path: str, spec: Spec, kept: dict[str, int]) -> None:
+        self.directory = Directory(path, kept.get("disk"), make=True)
         self.loaded: Loaded | None = None
+        self._manifest: dict[str, Any]
         found = self.directory.manifest()
+        if found is not None and kept:  # it was looked at by the first worker
+            self._manifest = found
+            return
+        whose = _whose(kept["source"]) if "source" in kept else identity(spec)
+        self._manifest = {"source": spec.name, "identity": whose, "uuid": spec.log_uuid}
         if found is None:
             return
         if found["identity"] != whose:
             raise LogError(
-                f"{path}: holds the log of {found['source']}; mount that with it, or see: wbfuse recover {path}"
+                f"{path}: holds the log of {found['source']}; mount that with it, or see: wbfuse recover {path}/"
             )
-        self._manifest["uuid"] = found["uuid"]
-        if fd is None:
-            device = None if spec.is_volume else _statx(spec.source)[0]
-            self.loaded = load(self.directory, lambda table: adapt(table, device))
-            if self.loaded is not None:
-                log.info("%s: %d files have what the store has not", path, self.loaded.dirty)
+        self._manifest = found
+        if found.get("ended"):
+            return
+        self.loaded = load(self.directory, lambda table: adapt(table, spec))
+        if self.loaded is not None:
+            log.info("%s: %d files have what the store has not", path, self.loaded.dirty)
 
     @property
     def uuid(self) -> str:
@@ -107,15 +113,28 @@ class LogDirectory:
         """For the store, which tells it to whoever mounts it next."""
         return json.dumps({"uuid": self.uuid, "path": self.directory.path, "host": socket.gethostname()})
 
-    def writer(self, cache: WritebackCache) -> DiskLog:
+    def writer(self, cache: WritebackCache, store: Store) -> DiskLog:
         """To be started. Raises LogError where there is no room."""
         size, max_write = cache.log.asked
         count, chunk = chunks_of(Geometry(size, max_write))
         self.directory.reserve(count, chunk)
-        return DiskLog(self.directory, cache.log, cache.journal, cache.lock, cache.freed, self._manifest)
+        note = self.note
+
+        def remember() -> None:
+            if store.noted_log() != note:
+                store.note_log(note)
+
+        return DiskLog(
+            self.directory, cache.log, cache.journal, cache.lock, cache.freed, self._manifest, remember,
+            lambda: store.note_log(None),
+        )  # fmt: skip
 
 
-def adapt(table: dict[int, bytes], device: int | None) -> None:
-    """A journal whose mount is gone, for one that is made anew; `device`: of the source, where it is a directory."""
-    if device is not None:
-        nodes.rebase(table, device)
+def adapt(table: dict[int, bytes], spec: Spec) -> None:
+    """A journal whose mount is gone, for one that is made anew: a directory may be on another device after a reboot."""
+    if not spec.is_volume:
+        fd = os.open(spec.source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            nodes.rebase(table, syscalls.statx(fd)[1][0])
+        finally:
+            os.close(fd)

@@ -13,6 +13,7 @@ import os
 import re
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
@@ -63,6 +64,8 @@ class Spec:
     full_timeout: float | None = None
     log_dir: str | None = None
     """Where the log is on disk as well."""
+    log_uuid: str = field(default_factory=lambda: str(uuid.uuid4()))
+    """Of a new log there."""
     fsync: str = "store"
     """What fsync waits for: "store" or "log"."""
     shape: Shape = field(default_factory=Shape)
@@ -102,12 +105,13 @@ def kernel_dirty_share() -> int:
 
 
 def open_store(spec: Spec, journal: Journal, kept: dict[str, int]) -> Store:
-    """The store that `spec.source` names; `kept` as in Mount."""
+    """The store that `spec.source` names; `kept` as in Mount (or of a log on disk, which has no connection)."""
     if spec.is_volume:
         from wbfuse.store.volume import Tuning, VolumeStore  # SQL and object stores take their time to import
 
         return VolumeStore(spec.source, Tuning(**spec.tuning), log.warning, journal, os.getppid(), unwritten)
-    return DirectoryStore(spec.source, spec.read_only, journal, kept.get("source"))
+    revived = "log" in kept and "fuse" not in kept
+    return DirectoryStore(spec.source, spec.read_only, journal, kept.get("source"), spec.log_dir is not None, revived)
 
 
 def _die() -> None:
@@ -139,7 +143,7 @@ class Mount:
         self._aside: list[str] = []
         """Quarantine entries of which no sync has told yet."""
         self.disk: DiskLog | None = None
-        self._log_dir = LogDirectory(spec.log_dir, spec, kept.get("disk")) if spec.log_dir else None
+        self._log_dir = LogDirectory(spec.log_dir, spec, kept) if spec.log_dir else None
         loaded = self._log_dir.loaded if self._log_dir else None
         first = not kept
         """Nobody served this mount before."""
@@ -157,7 +161,7 @@ class Mount:
             self._compare_notes(first, loaded is not None)
             if kept:
                 self.fs.take_over()
-            self._begin_log(first)
+            self._begin_log()
             if agreed is not None:
                 self.path = spec.mountpoint
                 self.session = resume(self.fs, kept["fuse"], Agreement.decode(agreed), self._debug)
@@ -233,7 +237,8 @@ class Mount:
 
         kernel_writeback = spec.kernel_cache == "writeback"
         fs = Draining(store, self.cache, self.engine, kernel_writeback, direct, wait, self.journal)
-        fs.fsync_by_log = self.engine.sync_each = spec.fsync == "log"
+        fs.fsync_by_log = spec.fsync == "log"
+        self.engine.sync_each = spec.log_dir is not None
         fs.on_stopped = lambda: self._end_log(keep=bool(self.left))
         return fs
 
@@ -251,17 +256,18 @@ class Mount:
             )
         if note is None or ours:
             return
-        if how := unwritten(note, anywhere=True):
-            raise LogError(f"{self.spec.name}: the last mount left data in {how}")
-        if not self.spec.read_only:
-            self._store.note_log(None)  # it has ended
+        how = unwritten(note, anywhere=True)
+        raise LogError(
+            f"{self.spec.name}: the last mount left data in {how}; or give it up: wbfuse recover --of {self.spec.name}"
+        )
 
-    def _begin_log(self, first: bool) -> None:
+    def _begin_log(self) -> None:
         if self._log_dir is not None and self.cache is not None:
-            writer = self._log_dir.writer(self.cache)
-            if first:
-                self._store.note_log(self._log_dir.note)
-            self.cache.disk = self.disk = writer
+            self.cache.disk = self.disk = self._log_dir.writer(self.cache, self._store)
+            self.disk.on_defect = _die
+            self._store.barrier = self.disk.wait
+            if getattr(self._store, "leases", None) is not None:
+                self._store.leases.barrier = self.disk.wait
             self.disk.start()
 
     def _end_log(self, keep: bool = False) -> None:
@@ -272,8 +278,7 @@ class Mount:
         if keep:
             return
         try:
-            self._log_dir.directory.withdraw()
-            self._store.note_log(None)
+            self.disk.end()
             self._log_dir.directory.clear()
         except OSError as e:  # replaying it again would do no harm
             log.warning("%s: the log could not be removed: %s", self.spec.log_dir, e)
@@ -328,6 +333,8 @@ class Mount:
             log.warning("still writing, %d bytes are left; another signal gives them up", left)
             return
         self._impatient.set()
+        if self.disk is not None and self.disk.error:
+            self.disk.abandon()
         if self.cache is not None:
             self.cache.close()
 
@@ -408,7 +415,7 @@ class Mount:
 
     def _rescue(self) -> None:
         """Keep what could not be written, as far as that goes."""
-        if self.spec.log_dir is not None and self.disk is not None and not self.disk.broken:
+        if self.disk is not None and not self.disk.error:
             where = self.spec.log_dir
             self.where_left = f"are in the log; to bring them in: wbfuse mount {self.spec.name} ... --log {where}"
         elif self.engine is not None and self.engine.rescue():

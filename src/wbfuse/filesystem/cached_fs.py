@@ -76,6 +76,7 @@ class CachedFileSystem(StoreFileSystem):
         if store.capabilities.quick_names:
             self.inline = type(self).inline | {"lookup"}
         self._durable_commits = store.capabilities.atomic_commit
+        self.max_write = cache.log.max_write
         self.fsync_by_log = False
         """fsync is answered once the log on disk has it."""
         self.on_stopped: Callable[[], None] = lambda: None
@@ -98,6 +99,10 @@ class CachedFileSystem(StoreFileSystem):
         for ino, records in self.cache.inherited().items():
             self.engine.take_over(ino, records)
         super().take_over()
+        for f in list(self.cache.files.values()):
+            if f.attr.nlink == 0 and not f.opens:
+                self.cache.unlinked(f.ino)  # who had it open is gone with the mount
+        self.store.taken_over()
 
     def _take_over(self, handle: Handle) -> None:
         self._attach(handle)
@@ -126,6 +131,7 @@ class CachedFileSystem(StoreFileSystem):
             f = self.cache.files.get(ino)
             if f is not None:
                 f.set_attr(attr)
+                f.version += 1
 
     def gone(self, ino: int) -> None:
         self.cache.unlinked(ino)
@@ -185,6 +191,8 @@ class CachedFileSystem(StoreFileSystem):
         if f is None:
             if not request.blocking:
                 raise WouldBlock
+            if self.cache.disk is not None and valid & (FATTR_ATIME | FATTR_MTIME):
+                self.cache.disk.wait()  # that the file is clean must be known there, or its old times are replayed
             return super().setattr(request, change)
         # Other hosts see it at their next open, but no close of this file will come.
         at_once = bool(valid & FATTR_SIZE) and not f.opens and self.store.capabilities.shared
@@ -449,8 +457,8 @@ class CachedFileSystem(StoreFileSystem):
                 request.answer(value)
 
     def _interrupted(self, request: Request, f: File, done: Callable[[int], None]) -> None:
-        if self.cache.cancel(f, done):
-            request.fail(errno.EINTR)
+        self.cache.cancel(f, done)  # it may wait for the log on disk instead, or be answered just now
+        request.fail(errno.EINTR)
 
     def _commit_now(self, ino: int) -> None:
         """Wait, in a thread that may, until what was accepted so far is in the store. Raises the error it met."""
@@ -580,11 +588,11 @@ class CachedFileSystem(StoreFileSystem):
         if self.store.capabilities.clones:
             for ino in (request.nodeid, nodeid_out):
                 self._commit_now(ino)
-        if self.cache.disk is not None:
-            self.cache.disk.wait()  # what is about to be written over must not be replayed
         target = self.cache.begin_copy(request.nodeid, nodeid_out)
         done = 0
         try:
+            if self.cache.disk is not None:
+                self.cache.disk.wait()  # what is about to be written over must not be replayed
             done = super().copy_file_range(request, fh, offset, nodeid_out, fh_out, offset_out, length, flags)
         finally:
             if target is not None:

@@ -108,6 +108,9 @@ Found = tuple[int, Attr]
 class Store(ABC):
     """The contract. `wbfuse.testing.store` has the suite that every store must pass."""
 
+    barrier: Callable[[], None] = staticmethod(lambda: None)
+    """To be called before anything that a replay of older changes would undo or could not follow; may wait."""
+
     @property
     @abstractmethod
     def capabilities(self) -> Capabilities: ...
@@ -214,6 +217,9 @@ class Store(ABC):
     def counters(self) -> dict[str, int]:
         """What status shows of the store itself."""
         return {}
+
+    def taken_over(self) -> None:  # noqa: B027 - most stores have nothing to clear
+        """All that a server before this one had open or dirty is held again: what else was its is needed no more."""
 
     def note_log(self, note: str | None) -> None:  # noqa: B027 - only a store that outlives a power cut needs one
         """From here on, durably: where the log on disk is that has what this store has not. None: there is none."""

@@ -70,7 +70,7 @@ class Engine:
         self.on_defect: Callable[[], None] | None = None
         """Called, from a committer, when it cannot go on: without it write-back would stop unseen."""
         self.sync_each = False
-        """Make every round durable before the log forgets it: fsync is answered from a log on disk."""
+        """Make every round durable before the log forgets it: there is one on disk, and what it says must be enough."""
         self.full_timeout = math.inf
         """Seconds after which a direct WRITE that finds no room in the log is refused with ENOSPC."""
         self._told = 0.0

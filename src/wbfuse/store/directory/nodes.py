@@ -14,6 +14,7 @@ Lock: the store's `_table` guards all of it, for an instant at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from struct import Struct
 
@@ -26,8 +27,8 @@ Place = tuple[int, bytes]
 
 ORPHANAGE = 0
 
-_NODE = Struct("<QQqIB")
-"""Device, inode, birth time in ns, type, and whether the file is gone from the store."""
+_NODE = Struct("<QQqIBB")
+"""Device, inode, birth time in ns, type, whether the file is gone from the store, and the length of its handle."""
 _PLACE = Struct("<QB")
 _JOURNALED = 32
 """So many places of a node are in its record, the freshest. One is enough to find it; a file may have 65,000."""
@@ -48,6 +49,8 @@ class Node:
     """Places of other nodes that name this one as parent."""
     removed: bool = False
     """It is gone from the store for good: its identity may be another's soon."""
+    handle: bytes = b""
+    """What finds it though its names be unknown (syscalls.open_handle), where that was asked for."""
 
     @property
     def orphan(self) -> bool:
@@ -55,9 +58,9 @@ class Node:
         return any(parent == ORPHANAGE for parent, _ in self.places)
 
 
-def pack(identity: Identity, kind: int, removed: bool, places: list[Place]) -> bytes:
+def pack(identity: Identity, kind: int, removed: bool, places: list[Place], handle: bytes = b"") -> bytes:
     """A node as its journal entry."""
-    out = [_NODE.pack(*identity, kind, removed)]
+    out = [_NODE.pack(*identity, kind, removed, len(handle)), handle]
     for parent, name in places[-_JOURNALED:]:
         out += (_PLACE.pack(parent, len(name)), name)
     return b"".join(out)
@@ -65,9 +68,9 @@ def pack(identity: Identity, kind: int, removed: bool, places: list[Place]) -> b
 
 def unpack(ino: int, entry: bytes) -> Node:
     """The node of a journal entry, looked up once."""
-    device, inode, born, kind, removed = _NODE.unpack_from(entry)
-    node = Node(ino, (device, inode, born), kind, lookups=1, removed=bool(removed))
-    at = _NODE.size
+    device, inode, born, kind, removed, length = _NODE.unpack_from(entry)
+    at = _NODE.size + length
+    node = Node(ino, (device, inode, born), kind, lookups=1, removed=bool(removed), handle=entry[_NODE.size : at])
     while at < len(entry):
         parent, length = _PLACE.unpack_from(entry, at)
         at += _PLACE.size + length
@@ -78,15 +81,14 @@ def unpack(ino: int, entry: bytes) -> Node:
 def rebase(table: dict[int, bytes], device: int) -> None:
     """A journal's table, by tag, for a new mount of the directory, which may be on another `device` after a reboot.
 
-    Of the nodes only those that dirty files need stay: the kernel knows none. A file without a name cannot be reached
-    any more, so what was written to it goes.
+    Of the nodes only those that dirty files need stay: the kernel knows none.
     """
     nodes = {tag >> 8: unpack(tag >> 8, value) for tag, value in table.items() if tag & 0xFF == Kind.NODE}
     needed: set[int] = set()
     for tag in [tag for tag in table if tag & 0xFF == Kind.DIRTY]:
         ino = tag >> 8
         node = nodes.get(ino)
-        if node is None or node.removed or all(parent == ORPHANAGE for parent, _ in node.places):
+        if node is not None and node.removed:
             del table[tag]
             continue
         waiting = [ino]
@@ -97,16 +99,16 @@ def rebase(table: dict[int, bytes], device: int) -> None:
                 waiting += [parent for parent, _ in nodes[at].places]
     for ino, node in nodes.items():
         if ino in needed:
-            places = [place for place in node.places if place[0] != ORPHANAGE]
-            table[ino << 8 | Kind.NODE] = pack((device, *node.identity[1:]), node.kind, node.removed, places)
+            identity = device, *node.identity[1:]
+            table[ino << 8 | Kind.NODE] = pack(identity, node.kind, node.removed, node.places, node.handle)
         else:
             del table[ino << 8 | Kind.NODE]
 
 
 class Nodes:
-    """ino -> Node and identity -> Node, beginning with what `journal` inherited."""
+    """ino -> Node and identity -> Node, beginning with what `journal` inherited; `known` to the kernel or not."""
 
-    def __init__(self, root: Identity, kind: int, journal: Journal) -> None:
+    def __init__(self, root: Identity, kind: int, journal: Journal, known: bool = True) -> None:
         self._journal = journal
         self._numbers = Counter(journal, Kind.NODE, ROOT_INO + 1)
         top = Node(ROOT_INO, root, kind, lookups=1)
@@ -114,6 +116,7 @@ class Nodes:
         self._by_identity: dict[Identity, Node] = {root: top}
         for ino, entry in journal.inherited(Kind.NODE).items():
             node = self.by_ino[ino] = unpack(ino, entry)
+            node.lookups = int(known)
             if not node.removed:
                 self._by_identity[node.identity] = node
         for node in self.by_ino.values():
@@ -124,16 +127,17 @@ class Nodes:
     def _stamp(self, node: Node, places: list[Place], removed: bool = False) -> None:
         """What `node` is about to become. Where this raises (no memory) nothing has changed."""
         if self.by_ino.get(node.ino) is node:
-            self._journal.put(Kind.NODE, node.ino, pack(node.identity, node.kind, removed or node.removed, places))
+            gone = removed or node.removed
+            self._journal.put(Kind.NODE, node.ino, pack(node.identity, node.kind, gone, places, node.handle))
 
-    def see(self, identity: Identity, kind: int, place: Place) -> Node:
-        """The node of a file just found at `place`, made where it is new, with one more lookup."""
+    def see(self, identity: Identity, kind: int, place: Place, handle: Callable[[], bytes] = lambda: b"") -> Node:
+        """The node of a file just found at `place`, made where it is new (with this handle), with one more lookup."""
         node = self._by_identity.get(identity)
         if node is not None:
             self.add(node, place)
         else:
-            node = Node(self._numbers.take(), identity, kind, [place])
-            self._journal.put(Kind.NODE, node.ino, pack(identity, kind, False, node.places))
+            node = Node(self._numbers.take(), identity, kind, [place], handle=handle())
+            self._journal.put(Kind.NODE, node.ino, pack(identity, kind, False, node.places, node.handle))
             self.by_ino[node.ino] = node
             self._by_identity[identity] = node
             self._child(place, 1)

@@ -45,11 +45,14 @@ class DirectoryStore(DirectoryData, Store):
 
     `journal` keeps the node numbers for a server that comes after this one; `root_fd` (owned from now on) is what such
     a one got from the server before it: its descriptor of `path`, which is not looked up again, and with it its lock.
+    `logged`: the journal may outlive the mount, so files must be found though their names changed unseen; `revived`: it
+    has, so the kernel knows no node.
     """
 
     def __init__(
-        self, path: str, read_only: bool = False, journal: Journal | None = None, root_fd: int | None = None
-    ) -> None:
+        self, path: str, read_only: bool = False, journal: Journal | None = None, root_fd: int | None = None,
+        logged: bool = False, revived: bool = False,
+    ) -> None:  # fmt: skip
         try:
             self._root = Fd(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) if root_fd is None else root_fd)
         except FileNotFoundError:
@@ -74,12 +77,15 @@ class DirectoryStore(DirectoryData, Store):
         self._device = identity[0]
         self.names = threading.RLock()
         self._table = threading.Lock()
-        self._nodes = Nodes(identity, stat.S_IFMT(attr.mode), journal or Journal())
+        self._nodes = Nodes(identity, stat.S_IFMT(attr.mode), journal or Journal(), known=not revived)
+        self._handles = logged and self._privileged
         self._orphanage: Fd | None = None
         DirectoryData.__init__(self, share)
         self._max_file_size = (1 << 63) - 1 if read_only else syscalls.max_file_size(self._root.n)
         if not read_only:
             self._clear_orphans()
+        if revived:
+            self._find_again()
 
     @property
     def root_fd(self) -> int:
@@ -156,6 +162,27 @@ class DirectoryStore(DirectoryData, Store):
                 os.unlink(name, dir_fd=orphans.n)
         self._orphanage = orphans
 
+    def _handle(self, kind: int, fd: int, name: bytes) -> bytes:
+        return syscalls.handle_of(fd, name) if self._handles and kind == stat.S_IFREG else b""
+
+    def _find_again(self) -> None:
+        """Give files whose names changed unseen a place of our own until they are clean: a link in the orphanage."""
+        for node in list(self._nodes.by_ino.values()):
+            if node.kind != stat.S_IFREG or node.orphan or not node.handle:
+                continue
+            try:
+                self._open_at_place(node, os.O_PATH)
+                continue
+            except OSError as e:
+                if e.errno != errno.ESTALE:
+                    raise
+            with contextlib.suppress(OSError):  # it is gone, and with it what was to be written to it
+                fd = Fd(syscalls.open_handle(self._root.n, node.handle, os.O_PATH | os.O_CLOEXEC))
+                if syscalls.statx(fd.n)[1] == node.identity:
+                    orphans, name = self._orphans(), b"%d" % node.ino
+                    os.link(_proc(fd), name, dst_dir_fd=orphans.n, follow_symlinks=True)
+                    self._nodes.add(node, (ORPHANAGE, name))
+
     def _orphans(self) -> Fd:
         if self._orphanage is None:
             with contextlib.suppress(FileExistsError):
@@ -226,7 +253,8 @@ class DirectoryStore(DirectoryData, Store):
             # Neither orphans nor sync could reach a file system mounted inside the source.
             raise OSError(errno.EXDEV, "another file system is mounted here", name)
         with self._table:
-            node = self._nodes.see(identity, stat.S_IFMT(attr.mode), (parent, name))
+            kind = stat.S_IFMT(attr.mode)
+            node = self._nodes.see(identity, kind, (parent, name), lambda: self._handle(kind, fd, at))
             if node.orphan:
                 attr.nlink -= 1
         return node.ino, attr
@@ -298,7 +326,8 @@ class DirectoryStore(DirectoryData, Store):
             self._own(parent, fd.n, mode, owner)
             attr, identity = syscalls.statx(fd.n)
             with self._table:
-                node = self._nodes.see(identity, stat.S_IFMT(attr.mode), (ORPHANAGE, temporary))
+                kind = stat.S_IFMT(attr.mode)
+                node = self._nodes.see(identity, kind, (ORPHANAGE, temporary), lambda: self._handle(kind, fd.n, b""))
                 self._nodes.lose(node, (ORPHANAGE, temporary))
                 place = (ORPHANAGE, b"%d" % node.ino)
                 self._nodes.add(node, place)
@@ -341,6 +370,8 @@ class DirectoryStore(DirectoryData, Store):
                 # It gets a name again: the orphanage's link is moved there, unless the name is taken.
                 orphans = self._orphans()
                 self._found_at(node, (parent, name))  # first, see rename
+                if not self._handles:
+                    self.barrier()
                 try:
                     syscalls.renameat2(orphans.n, own[1], at.n, name, RENAME_NOREPLACE)
                 except OSError:
@@ -455,6 +486,8 @@ class DirectoryStore(DirectoryData, Store):
             moves = [(moving, old, new)] + ([(target, new, old)] if flags & RENAME_EXCHANGE else [])
             for node, _, to_place in moves:
                 self._found_at(node, to_place)
+            if not self._handles:
+                self.barrier()
             try:
                 syscalls.renameat2(at.n, name, to.n, newname, flags)
             except OSError:

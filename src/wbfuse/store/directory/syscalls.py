@@ -30,6 +30,19 @@ _getdents64 = _libc.getdents64
 _getdents64.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t)
 _getdents64.restype = ctypes.c_ssize_t
 
+_HANDLE = Struct("<Ii")
+_MAX_HANDLE = 128
+_name_to_handle_at = _libc.name_to_handle_at
+_name_to_handle_at.argtypes = (
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.POINTER(ctypes.c_int),
+    ctypes.c_int,
+)
+_open_by_handle_at = _libc.open_by_handle_at
+_open_by_handle_at.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
+
 Identity = tuple[int, int, int]
 """(device, inode number, birth time in ns): tells a file from another that got its inode number later."""
 
@@ -63,6 +76,24 @@ def renameat2(dir_fd: int, name: bytes, new_dir_fd: int, newname: bytes, flags: 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     if _fallocate(fd, mode, offset, length) != 0:
         _raise()
+
+
+def handle_of(dir_fd: int, name: bytes = b"") -> bytes:
+    """What `open_handle` finds this file by, whatever becomes of its names; empty where the file system has none."""
+    buffer = ctypes.create_string_buffer(_HANDLE.pack(_MAX_HANDLE, 0), _HANDLE.size + _MAX_HANDLE)
+    mount = ctypes.c_int()
+    if _name_to_handle_at(dir_fd, name, buffer, ctypes.byref(mount), 0 if name else AT_EMPTY_PATH) != 0:
+        return b""
+    length, _ = _HANDLE.unpack_from(buffer)
+    return buffer.raw[: _HANDLE.size + length]
+
+
+def open_handle(mount_fd: int, handle: bytes, flags: int) -> int:
+    """Open a file of the file system of `mount_fd` by its handle; ESTALE where it is gone (CAP_DAC_READ_SEARCH)."""
+    fd: int = _open_by_handle_at(mount_fd, handle, flags)
+    if fd < 0:
+        _raise()
+    return fd
 
 
 def syncfs(fd: int) -> None:

@@ -47,6 +47,8 @@ class Leases:
         self._wait = wait
         self._died = died
         self._held = held
+        self.barrier: Callable[[], None] = lambda: None
+        """Called before a lease is given back."""
         self._lock = threading.Lock()
         self._mine: set[int] = set()
         self._closed = threading.Event()
@@ -110,6 +112,19 @@ class Leases:
         if held != wanted:
             raise FencedError(f"the lease on node {min(wanted - held)} was taken by another host")
 
+    def forget_others(self) -> None:
+        """Leases of this session that a server before this one took, and this one does not need."""
+        mine = leases.c.session == self._session.number
+        with self._lock:
+            needed = set(self._mine)
+
+            def act(c: Connection) -> None:
+                found = set(c.execute(select(leases.c.ino).where(mine)).scalars())
+                for ino in found - needed:
+                    c.execute(delete(leases).where(mine, leases.c.ino == ino))
+
+            self._database.transact(act)
+
     def release(self, ino: int) -> None:
         """Nobody here has the file open any more. Does not block."""
         if ino in self._mine:
@@ -121,6 +136,7 @@ class Leases:
                 if ino not in self._mine or self._held(ino):  # who acquires holds first
                     continue
                 try:
+                    self.barrier()  # what the log on disk has of it must not be replayed over another host's
                     removed = self._database.transact(lambda c, ino=ino: self._leave(c, ino))  # type: ignore[misc]
                 except Exception as e:  # noqa: BLE001 - the session's end gives it back
                     log.warning("the lease on node %d could not be given back: %s", ino, e)

@@ -91,6 +91,14 @@ def fence(c: Connection, session: int) -> None:
     c.execute(delete(settings).where(settings.c.name == _note(session)))
 
 
+def noted(c: Connection) -> dict[int, str]:
+    """The notes of logs on disk, by the session that left each and is dead."""
+    rows = c.execute(select(settings).where(settings.c.name.startswith("log."))).all()
+    alive = {r.session for r in c.execute(select(sessions)).all() if not is_dead(r.process)}
+    found = {int(r.name.removeprefix("log.")): str(r.value) for r in rows}
+    return {n: note for n, note in found.items() if n not in alive}
+
+
 def _note(session: int) -> str:
     return f"log.{session}"
 
@@ -151,8 +159,11 @@ class Session:
                     + ("unmount it there, or mount both with --shared" if not self.shared else "it is not --shared")
                 )
             note = self.noted_log(holder.session)
-            if note is not None and self.unwritten(note):
-                raise VolumeBusyError(f"the last mount here left data in {self.unwritten(note)}")
+            if note is not None and (how := self.unwritten(note)):
+                where = self._database.url.render_as_string()
+                raise VolumeBusyError(
+                    f"the last mount here left data in {how}; or give it up: wbfuse recover --of {where}"
+                )
             if note is not None:
                 log.warning("session %d of %s has data in a log on disk: %s", holder.session, holder.host, note)
             log.warning("session %d of %s is dead: fenced", holder.session, holder.host)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import func, insert, inspect, select
+from sqlalchemy import Connection, func, insert, inspect, select
 from sqlalchemy.exc import NoResultFound
 
 from wbfuse.journal import Journal, Kind
@@ -32,8 +32,8 @@ from wbfuse.store.volume.objects import MARK, Objects, ObjectsError, explain
 from wbfuse.store.volume.packer import COMPRESS
 from wbfuse.store.volume.reaper import Reaper, leftovers
 from wbfuse.store.volume.rows import MAX_SIZE
-from wbfuse.store.volume.schema import VERSION, counters, inodes, metadata, packs, settings
-from wbfuse.store.volume.sessions import Session, VolumeBusyError
+from wbfuse.store.volume.schema import VERSION, counters, inodes, metadata, orphans, packs, settings
+from wbfuse.store.volume.sessions import Session, VolumeBusyError, fence, noted
 from wbfuse.store.volume.staging import Staging
 from wbfuse.wire.types import Statfs
 
@@ -96,6 +96,22 @@ def uuid_of(meta: str) -> str:
         return read_settings(database)["uuid"]
     finally:
         database.close()
+
+
+def notes_of(meta: str) -> tuple[list[str], Callable[[], None]]:
+    """The notes of logs that sessions of a volume have left, and how to end those. Raises VolumeError."""
+    try:
+        database = Database(meta)
+    except DatabaseError as e:
+        raise VolumeError(str(e)) from e
+    read_settings(database)
+    found = database.query(noted)
+
+    def act(c: Connection) -> None:
+        for session in found:
+            fence(c, session)
+
+    return list(found.values()), lambda: database.transact(act, durable=True)
 
 
 def open_objects(found: dict[str, str], options: dict[str, str]) -> Objects:
@@ -262,6 +278,13 @@ class VolumeStore(VolumeData, Store):
         self.frames.close()
         self.session.close()
         self.database.close()
+
+    def taken_over(self) -> None:
+        if self.leases is not None:
+            self.leases.forget_others()
+        mine = select(orphans.c.ino).where(orphans.c.session == self.session.number)
+        found = self.database.query(lambda c: list(c.execute(mine).scalars()))
+        self.reaper.put_inodes([ino for ino in found if not self.nodes.held(ino)])
 
     def note_log(self, note: str | None) -> None:
         self.session.note_log(note)

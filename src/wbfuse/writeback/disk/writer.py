@@ -174,6 +174,13 @@ class DiskLog:
             self._thread.join()
         self._close_chunk()
 
+    def end(self) -> None:
+        """The store has everything, after `stop`. Raises OSError."""
+        # The manifest says so first: without it, a source that still has its note would be waiting for this log.
+        self._directory.publish(self._manifest | {"epoch": self._epoch, "ended": True})
+        self._forget()
+        self._directory.withdraw()
+
     def status(self) -> dict[str, int | str]:
         """What status shows: records that are not durable yet, bytes written, and why nothing can be."""
         with self._mutex:
