@@ -168,7 +168,7 @@ class DirectoryStore(DirectoryData, Store):
     def _find_again(self) -> None:
         """Give files whose names changed unseen a place of our own until they are clean: a link in the orphanage."""
         for node in list(self._nodes.by_ino.values()):
-            if node.kind != stat.S_IFREG or node.orphan or not node.handle:
+            if node.kind != stat.S_IFREG or not node.handle:
                 continue
             try:
                 self._open_at_place(node, os.O_PATH)
@@ -179,6 +179,8 @@ class DirectoryStore(DirectoryData, Store):
             with contextlib.suppress(OSError):  # it is gone, and with it what was to be written to it
                 fd = Fd(syscalls.open_handle(self._root.n, node.handle, os.O_PATH | os.O_CLOEXEC))
                 if syscalls.statx(fd.n)[1] == node.identity:
+                    for place in [p for p in node.places if p[0] == ORPHANAGE]:
+                        self._nodes.lose(node, place)
                     orphans, name = self._orphans(), b"%d" % node.ino
                     os.link(_proc(fd), name, dst_dir_fd=orphans.n, follow_symlinks=True)
                     self._nodes.add(node, (ORPHANAGE, name))
