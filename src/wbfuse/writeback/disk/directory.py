@@ -153,6 +153,12 @@ class Directory:
             syscalls.renameat2(self.fd, os.fsencode(_NEW), self.fd, os.fsencode(MANIFEST), RENAME_EXCHANGE)
         except FileNotFoundError:
             os.rename(_NEW, MANIFEST, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            with contextlib.suppress(OSError):  # room for the next one, while there is some
+                fd = os.open(_NEW, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
+                try:
+                    os.posix_fallocate(fd, 0, PAGE)
+                finally:
+                    os.close(fd)
         self.sync()
 
     def withdraw(self) -> None:
@@ -226,11 +232,6 @@ class Directory:
                     os.fsync(fd)
                 finally:
                     os.close(fd)
-            fd = os.open(_NEW, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
-            try:
-                os.posix_fallocate(fd, 0, PAGE)
-            finally:
-                os.close(fd)
             self.sync()
         except OSError as e:
             raise LogError(f"{self.path}: {e.strerror}") from e
