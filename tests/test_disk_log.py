@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import powercut
 from tests.conftest import Mounted, Mounter, force_down, mounted_here, needs_mount, wbfuse
 from tests.simulated_disk import SimDirectory
 from tests.test_keeper import KILLS, kill_while_writing, kill_worker, right
@@ -248,6 +252,173 @@ def test_no_room_for_it_is_said_at_the_mount(workdir: Path, log: Path) -> None:
     finally:
         force_down(workdir / "mount")
         os.system(f"umount {log}")
+
+
+def by_rename(home: Path, data: bytes) -> Path:
+    (home / "final").write_bytes(b"what is replaced")
+    with open(home / "new", "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.rename(home / "new", home / "final")
+    return home / "final"
+
+
+def by_moved_directory(home: Path, data: bytes) -> Path:
+    (home / "a/b").mkdir(parents=True)
+    with open(home / "a/b/file", "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.rename(home / "a", home / "moved")
+    return home / "moved/b/file"
+
+
+def by_second_link(home: Path, data: bytes) -> Path:
+    (home / "other").touch()
+    os.link(home / "other", home / "name")
+    with open(home / "name", "r+b") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.unlink(home / "name")
+    return home / "other"
+
+
+def by_linked_temporary(home: Path, data: bytes) -> Path:
+    fd = os.open(home, os.O_TMPFILE | os.O_RDWR)
+    os.write(fd, data)
+    os.fsync(fd)
+    os.link(f"/proc/self/fd/{fd}", home / "linked", src_dir_fd=fd, follow_symlinks=True)
+    os.close(fd)
+    return home / "linked"
+
+
+@needs_mount
+@pytest.mark.parametrize("by", [by_rename, by_moved_directory, by_second_link, by_linked_temporary])
+def test_what_was_fsynced_is_found_under_any_name(
+    mounter: Mounter, log: Path, by: Callable[[Path, bytes], Path]
+) -> None:
+    """The kill comes before the log on disk has heard of the new name."""
+    m = mounter(*options(log, *SLOW))
+    data = os.urandom(4 << 20)
+    path = by(m.path, data)
+    home = os.open(path.parent, os.O_RDONLY)
+    os.fsync(home)
+    os.close(home)
+    down(m)
+    again = mounter(*options(log), source=m.source)
+    path = again.path / path.relative_to(m.path)
+    assert path.read_bytes() == data
+    again.umount()
+    assert (again.source / path.relative_to(again.path)).read_bytes() == data
+    assert not (again.source / ".wbfuse").exists()
+
+
+@needs_mount
+def test_a_file_that_is_replaced_is_the_old_or_the_new_one(mounter: Mounter, log: Path) -> None:
+    """Without any fsync: no empty file takes its place."""
+    m = mounter(*options(log, "--bwlimit", "200KB/s", "--on-close", "background"))
+    (m.path / "file").write_bytes(b"old")
+    wbfuse("sync", str(m.path), check=True)
+    data = os.urandom(2 << 20)
+    (m.path / "new").write_bytes(data)
+    wbfuse("sync", str(m.path / "new"), check=True)  # has the kernel hand it over
+    os.rename(m.path / "new", m.path / "file")
+    down(m)
+    again = mounter(*options(log), source=m.source)
+    assert (again.path / "file").read_bytes() == data
+
+
+@needs_mount
+@pytest.mark.parametrize("fsync", ["log", "store"])
+def test_after_a_power_cut_each_file_is_at_a_point_of_its_history(mounter: Mounter, workdir: Path, fsync: str) -> None:
+    """Source and log on one ext4 that loses what was not synced."""
+    rng = random.Random(11)
+    slots, number = 48, 0
+    history, promised = [[0] * slots], 0
+    with powercut.disk(workdir, 600) as disk:
+        log, source = disk.path / "log", disk.path / "source"
+        words = ("--log", str(log), "--fsync", fsync, "--kernel-cache", "off", "--dirty-expire", "100ms")
+        words += ("--on-close", "background")  # else a child that closes what it inherited waits for a dead disk
+        for _ in range(max(4, KILLS // 2)):
+            m = mounter(*words, source=source)
+            fd = os.open(m.path / "file", os.O_RDWR | os.O_CREAT)
+            raw = os.pread(fd, slots * 8, 0).ljust(slots * 8, b"\0")
+            found = [int.from_bytes(raw[i * 8 : i * 8 + 8], "little") for i in range(slots)]
+            assert found in history[promised:]
+            history, promised = [found], 0
+            for _ in range(rng.randrange(20, 150)):
+                number += 1
+                slot = rng.randrange(slots)
+                os.pwrite(fd, number.to_bytes(8, "little"), slot * 8)
+                history.append([*history[-1][:slot], number, *history[-1][slot + 1 :]])
+                if rng.random() < 0.1:
+                    os.fsync(fd)
+                    promised = len(history) - 1
+            disk.cut()
+            m.kill()
+            with contextlib.suppress(OSError):  # its server is gone
+                os.close(fd)
+            while mounted_here(m.path):
+                wbfuse("umount", str(m.path))
+            disk.down()
+            disk.up()
+        m = mounter(*words, source=source)
+        raw = (m.path / "file").read_bytes().ljust(slots * 8, b"\0")
+        assert [int.from_bytes(raw[i * 8 : i * 8 + 8], "little") for i in range(slots)] in history[promised:]
+        m.umount()
+
+
+@needs_mount
+@pytest.mark.parametrize("fsync", ["log", "store"])
+def test_a_log_whose_disk_dies_is_gone_on_without(mounter: Mounter, workdir: Path, fsync: str) -> None:
+    with powercut.disk(workdir, 400) as disk:
+        m = mounter("--log", str(disk.path / "log"), "--fsync", fsync)
+        (m.path / "before").write_bytes(b"before")
+        disk.cut()
+        with open(m.path / "after", "wb") as f:
+            f.write(b"after")
+            f.flush()
+            os.fsync(f.fileno())
+        assert m.status()["log"]["disk"]["error"]
+        assert (m.source / "after").read_bytes() == b"after"
+        m.umount()
+    assert (m.source / "before").read_bytes() == b"before"
+    again = mounter(source=m.source)
+    assert (again.path / "after").read_bytes() == b"after"
+
+
+@needs_mount
+def test_a_log_whose_disk_is_not_mounted_is_asked_for(mounter: Mounter, workdir: Path) -> None:
+    with powercut.disk(workdir, 400) as disk:
+        log = disk.path / "log"
+        m = mounter(*options(log, *SLOW))
+        data = os.urandom(5 << 20)
+        (m.path / "file").write_bytes(data)
+        wbfuse("sync", str(m.path / "file"), check=True)
+        down(m)
+        disk.down()
+        for words in ((), ("--log", str(log))):
+            refused = wbfuse("mount", str(m.source), str(m.path), *words)
+            assert refused.returncode == 2
+            assert "is its disk mounted?" in refused.stderr
+            shutil.rmtree(log, ignore_errors=True)
+        disk.up()
+        again = mounter(*options(log), source=m.source)
+        assert (again.path / "file").read_bytes() == data
+        again.umount()
+
+
+@needs_mount
+def test_times_that_were_set_are_not_undone(mounter: Mounter, log: Path) -> None:
+    m = mounter(*options(log))
+    (m.path / "file").write_bytes(b"data")
+    wbfuse("sync", str(m.path), check=True)
+    os.utime(m.path / "file", (10**9, 10**9))
+    down(m)
+    again = mounter(*options(log), source=m.source)
+    assert (again.path / "file").stat().st_mtime == 10**9
 
 
 # without a mount

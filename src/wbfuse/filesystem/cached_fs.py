@@ -9,6 +9,7 @@ What may wait here without a thread: WRITE (limits), FSYNC, FLUSH of a writable 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -119,6 +120,17 @@ class CachedFileSystem(StoreFileSystem):
         finally:
             self.store.close()
             self.cache.log.close()
+
+    # names
+
+    def rename(self, request: Request, name: bytes, newdir: int, newname: bytes, flags: int) -> None:
+        """With a log on disk, data that was written to a file is there before the file takes the place of another."""
+        if self.cache.disk is not None:
+            with contextlib.suppress(FileNotFoundError):
+                f = self.cache.files.get(self._is_there(request.nodeid, name))
+                if f is not None and (newest := self.cache.newest(f)):
+                    self.cache.disk.wait(newest)
+        super().rename(request, name, newdir, newname, flags)
 
     # attributes
 
