@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -262,3 +264,45 @@ def test_without_its_keeper_a_worker_goes_on_and_says_so(mounter: Mounter) -> No
     m.umount()
     assert (m.source / "a").read_bytes() == b"still served"
     assert wait_until(lambda: not Path(f"/proc/{pid}").exists())
+
+
+@pytest.mark.parametrize("kernel_cache", ["writeback", "writethrough"])
+def test_without_resend_what_a_dead_worker_left_unanswered_ends_in_an_error(
+    mounter: Mounter, workdir: Path, monkeypatch: pytest.MonkeyPatch, kernel_cache: str
+) -> None:
+    """As before Linux 6.9: whoever waited hears of it, the rest holds, and nothing hangs."""
+    monkeypatch.setenv("WBFUSE_NO_RESEND", "1")
+    script = workdir / "script.json"
+    command = [sys.executable, "-m", "wbfuse.testing.faults", str(script)]
+    m = mounter("--on-close", "background", "--kernel-cache", kernel_cache, command=command)
+    assert "HAS_RESEND" not in m.status()["negotiated"]["capabilities"]
+    kept = os.open(m.path / "kept", os.O_RDWR | os.O_CREAT)
+    os.write(kept, b"kept")
+    script.write_text('{"stall": true}')
+    errors: list[int] = []
+
+    def wait() -> None:
+        with open(m.path / "waited", "wb", buffering=0) as f:
+            f.write(b"written")
+            try:
+                os.fsync(f.fileno())
+            except OSError as e:
+                errors.append(e.errno or 0)
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    try:
+        waiting.start()
+        assert wait_until(lambda: m.status()["requests"].get("FSYNC", 0) > 0)
+        kill_worker(m)
+        waiting.join(20)
+        assert not waiting.is_alive()
+    finally:
+        script.unlink()
+    assert errors == [errno.ECONNABORTED]
+    os.write(kept, b" and more")
+    assert os.pread(kept, 100, 0) == b"kept and more"
+    os.close(kept)
+    assert (m.path / "waited").read_bytes() == b"written"
+    m.umount()
+    assert (m.source / "kept").read_bytes() == b"kept and more"
+    assert (m.source / "waited").read_bytes() == b"written"

@@ -167,9 +167,8 @@ class Mount:
                 self.session = resume(self.fs, kept["fuse"], Agreement.decode(agreed), self._debug)
             else:
                 options = [*spec.options, "default_permissions"] + (["ro"] if spec.read_only else [])
-                self.session, self.path = attach(
-                    self.fs, spec.mountpoint, Options(fsname=spec.name, options=options, debug=self._debug)
-                )
+                wanted = Options(fsname=spec.name, options=options, debug=self._debug, outlived=True)
+                self.session, self.path = attach(self.fs, spec.mountpoint, wanted)
         except BaseException:
             if first:  # else the next worker goes on with it, and with its session
                 self._end_log(keep=loaded is not None)

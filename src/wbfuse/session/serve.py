@@ -25,6 +25,8 @@ class Options:
     options: list[str] = field(default_factory=list)
     debug: Callable[[str], None] | None = None
     """Called with one line for each request and reply."""
+    outlived: bool = False
+    """Another process keeps the connection, and a server will follow if this one dies."""
 
 
 def attach(fs: FileSystem, mountpoint: str, options: Options | None = None) -> tuple[Session, str]:
@@ -36,6 +38,7 @@ def attach(fs: FileSystem, mountpoint: str, options: Options | None = None) -> t
     path = check_mountpoint(mountpoint)
     fd = mount(path, MountOptions(options.fsname, options.subtype, options.options))
     session = Session(fd, fs, options.debug)
+    session.outlived = options.outlived
     session.start()
     session.ready.wait()
     if session.failure is not None:
@@ -47,6 +50,7 @@ def attach(fs: FileSystem, mountpoint: str, options: Options | None = None) -> t
 def resume(fs: FileSystem, fd: int, agreement: Agreement, debug: Callable[[str], None] | None = None) -> Session:
     """Serve `fs` over the connection of a server that died, which had agreed on `agreement` with the kernel."""
     session = Session(fd, fs, debug)
+    session.outlived = True
     session.start(agreement)
     return session
 

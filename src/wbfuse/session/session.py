@@ -15,6 +15,7 @@ Rules:
 from __future__ import annotations
 
 import errno
+import fcntl
 import gc
 import logging
 import mmap
@@ -45,6 +46,8 @@ _LATE, _LATE_LONGEST = 4096, 1024
 """Replies that found no request, kept in case it is sent again. Most are of requests that a signal ended."""
 # Plain numbers: comparing with a member of an IntEnum costs a fifth of a microsecond, for each request.
 _READ, _WRITE = int(Opcode.READ), int(Opcode.WRITE)
+_CLONE = 0x8004E500
+"""FUSE_DEV_IOC_CLONE."""
 _GONE = (errno.ENODEV, errno.ECONNABORTED)
 _AGAIN = (errno.EINTR, errno.EAGAIN, errno.ENOENT)
 _unpack_header = wire.HEADER.unpack_from
@@ -89,6 +92,10 @@ class Session:
 
     def __init__(self, fd: int, fs: FileSystem, debug: Callable[[str], None] | None = None) -> None:
         self.fd = fd
+        self._io = fd
+        """Where requests are read and answered: the connection, or a clone of it."""
+        self.outlived = False
+        """Somebody keeps the connection when this process dies."""
         self.fs = fs
         self.debug = debug
         self.parked: dict[int, Request] = {}
@@ -134,6 +141,7 @@ class Session:
             if agreement.capabilities & Cap.HAS_RESEND:
                 # Before anything is read: what is unanswered now is all of the server that died.
                 self._send(tuple(replies.notify_resend()))
+            self._read_apart()
         self._start_reader()
         if agreement is not None:
             self._settle()
@@ -190,13 +198,15 @@ class Session:
             self.fs.destroy()
         except Exception:
             log.exception("destroy failed")
+        if self._io != self.fd:
+            os.close(self._io)
         os.close(self.fd)
         self.ended.set()
 
     # receiving
 
     def _read_loop(self, counts: list[int]) -> None:
-        readv, fd, fs = os.readv, self.fd, self.fs
+        readv, fs = os.readv, self.fs
         receive_target = fs.receive_target if overrides(fs, "receive_target") else None
         write_way, read_way, no_way = self._ways[_WRITE], self._ways[_READ], _Way(self, bytes)
         prefix = bytearray(WRITE_PREFIX)
@@ -205,7 +215,7 @@ class Session:
         while True:
             tail = own if receive_target is None else receive_target() or own
             try:
-                n = readv(fd, (prefix, tail))  # cut so that a payload begins where `tail` begins
+                n = readv(self._io, (prefix, tail))  # cut so that a payload begins where `tail` begins
             except OSError as e:
                 if e.errno in _GONE:
                     return
@@ -350,9 +360,28 @@ class Session:
             self.send_error(request, errno.EPROTO)
             self.ready.set()
             return
-        self._settle()
         self.send_value(request, Agreement.encode, self.agreement)
+        self._read_apart()
+        self._settle()
         self.ready.set()
+
+    def _read_apart(self) -> None:
+        """Read through a clone of the connection, where the kernel cannot send again what a dead server leaves
+        unanswered (before Linux 6.9): it ends with an error then, when the clone is closed, instead of never.
+        """
+        if not self.outlived or self.agreement is None or self.agreement.capabilities & Cap.HAS_RESEND:
+            return
+        try:
+            clone = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.ioctl(clone, _CLONE, self.fd.to_bytes(4, "little"))
+            except OSError:
+                os.close(clone)
+                raise
+        except OSError as e:
+            log.warning("the connection cannot be cloned (%s): what a dead worker leaves unanswered will hang", e)
+            return
+        self._io = clone
 
     def _settle(self) -> None:
         """What was agreed on is known: serve with all that was planned for."""
@@ -497,7 +526,7 @@ class Session:
             self._reply(request, (reply,))  # it may be one that was held
             return
         try:
-            os.write(self.fd, reply)
+            os.write(self._io, reply)
         except OSError:
             self._reply(request, (reply,))  # which knows what each error means
 
@@ -507,7 +536,7 @@ class Session:
         if self.debug is not None:
             self.debug(text.reply_line(unique, -error, sum(map(len, parts)) - 16))
         try:
-            os.writev(self.fd, parts)
+            os.writev(self._io, parts)
         except OSError as e:
             if e.errno == errno.ENOENT:
                 return False

@@ -4,7 +4,8 @@
 
 SCRIPT is a JSON file, read again at each call: {"commit": "EIO", "sync": "ENOSPC", "delay": 0.5, "stall": true}.
 A method that it names raises that errno; `delay` sleeps before each commit; `stall` keeps commits waiting until it
-is gone, which is how a test catches a round in flight.
+is gone, which is how a test catches a round in flight. With WBFUSE_NO_RESEND in the environment the mount does not
+take RESEND, as on a kernel before 6.9.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from typing import Any, cast
 from wbfuse.cli import mount as command
 from wbfuse.control import keeper, worker
 from wbfuse.control import mount as control
+from wbfuse.filesystem.store_fs import StoreFileSystem
 from wbfuse.journal import Journal
 from wbfuse.store.contract import Progress, Round, Store
+from wbfuse.wire.constants import Cap
 
 
 class FaultyStore:
@@ -77,6 +80,8 @@ def main() -> None:
         return cast(Store, FaultyStore(build(spec, journal, kept), script))
 
     control.open_store = faulty
+    if os.environ.get("WBFUSE_NO_RESEND"):  # as a kernel before 6.9
+        StoreFileSystem.capabilities &= ~Cap.HAS_RESEND
     worker.main()
 
 
