@@ -29,9 +29,11 @@ test: setup $(VENV)/guest/.done $(VENV)/azurite/.done
 	$(PY) -m pytest
 
 # The long runs of what `make test` does in small.
-torture: setup
+torture: setup $(VENV)/machine/.done
+	$(PY) -m pytest --timeout 3600 torture
 	$(PY) -m tests.simulation 0 10000
-	WBFUSE_KILLS=200 $(PY) -m pytest --timeout 3600 tests/test_keeper.py
+	WBFUSE_FUZZ=5000 $(PY) -m pytest --timeout 3600 tests/test_fuzz.py
+	WBFUSE_KILLS=200 $(PY) -m pytest --timeout 3600 tests/test_keeper.py tests/test_disk_log.py tests/test_failing_stores.py
 	WBFUSE_FSX_OPERATIONS=200000 $(PY) -m pytest --timeout 3600 tests/test_exerciser.py
 
 # A kernel and a shell for a virtual machine that boots from an image on a mount: unpacked here, not installed.
@@ -41,6 +43,16 @@ $(VENV)/guest/.done: Makefile
 	@if [ "$$(id -u)" = 0 ]; then apt-get update -qq; fi
 	cd $(VENV)/guest && apt-get download -q $$($(GUEST)) busybox-static && for p in *.deb; do dpkg -x $$p .; done
 	rm -rf $(VENV)/guest/*.deb $(VENV)/guest/lib $(VENV)/guest/usr
+	@touch $@
+
+# A small Debian for a virtual machine that runs wbfuse itself.
+$(VENV)/machine/.done: Makefile
+	rm -rf $(VENV)/machine && mkdir -p $(VENV)/machine
+	@if [ "$$(id -u)" = 0 ]; then apt-get update -qq; apt-get install -y -qq --no-install-recommends debootstrap; fi
+	debootstrap --variant=minbase --include=python3,fuse3,kmod,diffutils bookworm $(VENV)/machine/root > $(VENV)/machine/log
+	cd $(VENV)/machine && apt-get download -q $$($(GUEST)) && for p in *.deb; do dpkg -x $$p root; done
+	rm -rf $(VENV)/machine/*.deb $(VENV)/machine/root/var/cache/apt
+	chroot $(VENV)/machine/root depmod $$(basename $(VENV)/machine/root/lib/modules/*)
 	@touch $@
 
 lint: setup
