@@ -50,9 +50,10 @@ $(VENV)/machine/.done: Makefile
 	rm -rf $(VENV)/machine && mkdir -p $(VENV)/machine
 	@if [ "$$(id -u)" = 0 ]; then apt-get update -qq; apt-get install -y -qq --no-install-recommends debootstrap; fi
 	debootstrap --variant=minbase --include=python3,fuse3,kmod,diffutils bookworm $(VENV)/machine/root > $(VENV)/machine/log
-	cd $(VENV)/machine && apt-get download -q $$($(GUEST)) && for p in *.deb; do dpkg -x $$p root; done
-	rm -rf $(VENV)/machine/*.deb $(VENV)/machine/root/var/cache/apt
-	chroot $(VENV)/machine/root depmod $$(basename $(VENV)/machine/root/lib/modules/*)
+	cd $(VENV)/machine && apt-get download -q $$($(GUEST)) && for p in *.deb; do dpkg -x $$p kernel; done
+	cp -a $(VENV)/machine/kernel/boot $(VENV)/machine/kernel/lib $(VENV)/machine/root/usr/ # its /lib is a link to usr/lib
+	rm -rf $(VENV)/machine/*.deb $(VENV)/machine/kernel $(VENV)/machine/root/var/cache/apt
+	chroot $(VENV)/machine/root /usr/sbin/depmod $$(basename $(VENV)/machine/root/lib/modules/*)
 	@touch $@
 
 lint: setup
