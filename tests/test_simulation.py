@@ -46,11 +46,11 @@ def test_the_simulation_finds_a_log_that_is_not_synced(monkeypatch: pytest.Monke
 
 
 def test_the_simulation_finds_half_a_batch_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    def frames(chunk: memoryview, seed: int) -> Iterator[stream.Frame]:
-        for f in whole(chunk, seed):
+    def frames(chunk: memoryview, seed: int, *at: int) -> Iterator[stream.Frame]:
+        for f in whole(chunk, seed, *at):
             yield f
             if f.kind != stream.Kind.COMMIT:  # it counts at once
-                body = memoryview(bytes(8))
+                body = memoryview(bytes(16))
                 yield stream.Frame(stream.Kind.COMMIT, 0, 0, 0, 0, body, f.begin, f.end)
 
     whole = stream.frames

@@ -128,7 +128,12 @@ class Log:
         """With `fd` (owned from now on): the log of a server that died, of the same size. `revive` what counts in it,
         then `settle`, before anything else.
         """
-        g = self.geometry = Geometry(size, max_write)
+        try:
+            g = self.geometry = Geometry(size, max_write)
+        except LogError:
+            if fd is not None:
+                os.close(fd)
+            raise
         self.asked = size, max_write
         self.segment_size, self.size = g.segment_size, g.size
         self._usable = self.segment_size - PAGE
@@ -136,6 +141,7 @@ class Log:
         self.max_write = max_write
         self.fd = self.allocate(g.total) if fd is None else fd
         if os.fstat(self.fd).st_size < g.total:
+            os.close(self.fd)
             raise LogError(f"the memory file of a log of {g.size >> 20} MiB is too short")
         self._memory = mmap.mmap(self.fd, g.total)
         self._view = memoryview(self._memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,13 +44,19 @@ def dirty_files(log_fd: int, journal_fd: int) -> Iterator[Dirty]:
     Raises LogError where they are none.
     """
     journal = Journal(journal_fd)
-    nodes = {ino: unpack(ino, entry).places for ino, entry in journal.inherited(Entry.NODE).items()}
+    nodes: dict[int, list[tuple[int, bytes]]] = {}
+    for ino, entry in journal.inherited(Entry.NODE).items():
+        with contextlib.suppress(ValueError):  # its name is all that is missing then
+            nodes[ino] = unpack(ino, entry).places
     store: Any = _NoStore()
     cache = WritebackCache(store, 0, 0, 0, journal=journal, log_fd=log_fd)
-    for ino, found in cache.inherited().items():
-        f: File = cache.replay(ino, Attr(ino, 0), found)
-        rounds = [plan(g.extents, 1 << 30, cache.log.view) for g in f.core.generations]
-        yield Dirty(ino, _path(nodes, ino), f.core.size, rounds)
+    try:
+        for ino, found in cache.inherited().items():
+            f: File = cache.replay(ino, Attr(ino, 0), found)
+            rounds = [plan(g.extents, 1 << 30, cache.log.view) for g in f.core.generations]
+            yield Dirty(ino, _path(nodes, ino), f.core.size, rounds)
+    finally:
+        cache.log.close()
 
 
 def in_memory(path: str) -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from struct import Struct
+from struct import error as struct_error
 
 from wbfuse.journal import Counter, Journal, Kind
 from wbfuse.store.contract import ROOT_INO
@@ -67,7 +68,14 @@ def pack(identity: Identity, kind: int, removed: bool, places: list[Place], hand
 
 
 def unpack(ino: int, entry: bytes) -> Node:
-    """The node of a journal entry, looked up once."""
+    """The node of a journal entry, looked up once. Raises ValueError where it is none."""
+    try:
+        return _unpack(ino, entry)
+    except struct_error as e:
+        raise ValueError(f"the entry of node {ino} is none: {e}") from e
+
+
+def _unpack(ino: int, entry: bytes) -> Node:
     device, inode, born, kind, removed, length = _NODE.unpack_from(entry)
     at = _NODE.size + length
     node = Node(ino, (device, inode, born), kind, lookups=1, removed=bool(removed), handle=entry[_NODE.size : at])
