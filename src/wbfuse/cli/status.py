@@ -63,6 +63,13 @@ def status(mountpoint: str | None, as_json: bool) -> None:
         _show(one)
 
 
+def _on_disk(disk: dict[str, Any] | None) -> dict[str, str]:
+    if disk is None:
+        return {}
+    state = f"cannot be written: {disk['error']}" if disk["error"] else f"{disk['behind']} changes behind"
+    return {"log on disk": f"{disk['path']}, fsync waits for the {disk['fsync']}; {state}"}
+
+
 def _show(one: dict[str, Any]) -> None:
     from rich.console import Console  # imported here: `--json` must be quick
     from rich.table import Table
@@ -79,6 +86,7 @@ def _show(one: dict[str, Any]) -> None:
         "log": f"{show_size(log['used'])} of {show_size(log['size'])}, writers wait at {show_size(log['limit'])}"
         if log
         else "none",
+        **_on_disk(log.get("disk")),
         "store": f"{show_size(store['bytes_written'])} in {store['writes']} writes",
         "requests": ", ".join(f"{name} {n}" for name, n in sorted(one["requests"].items(), key=lambda x: -x[1])),
         "worker": f"pid {one['worker']['pid']}"
