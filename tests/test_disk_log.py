@@ -108,43 +108,49 @@ def test_a_volume_that_another_host_took_over_does_not_get_it(mounter: Mounter, 
     assert wbfuse("recover", f"{away}/").returncode == 0
 
 
+class Numbered:
+    """Numbered writes at random places of a file, and each state that it had; some are fsynced."""
+
+    def __init__(self, seed: int, slots: int = 64) -> None:
+        self._rng, self._slots, self._number = random.Random(seed), slots, 0
+        self._history, self._promised = [[0] * slots], 0
+
+    def see(self, raw: bytes) -> None:
+        """What is found now is one point of the history, not before the last fsync; it begins anew from there."""
+        raw = raw.ljust(self._slots * 8, b"\0")
+        found = [int.from_bytes(raw[i * 8 : i * 8 + 8], "little") for i in range(self._slots)]
+        assert found in self._history[self._promised :]
+        self._history, self._promised = [found], 0
+
+    def go_on(self, fd: int) -> None:
+        self.see(os.pread(fd, self._slots * 8, 0))
+        for _ in range(self._rng.randrange(20, 200)):
+            self._number += 1
+            slot = self._rng.randrange(self._slots)
+            os.pwrite(fd, self._number.to_bytes(8, "little"), slot * 8)
+            self._history.append([*self._history[-1][:slot], self._number, *self._history[-1][slot + 1 :]])
+            if self._rng.random() < 0.1:
+                os.fsync(fd)
+                self._promised = len(self._history) - 1
+
+
 @needs_mount
 @pytest.mark.parametrize("which", ["directory", "volume"])
 def test_the_store_gets_a_prefix(mounter: Mounter, log: Path, volume: str, which: str) -> None:
-    """Numbered writes, some fsynced; everybody is killed at any moment, again and again."""
-    rng = random.Random(7)
-    source: Path | str | None = volume if which == "volume" else log.with_name("prefix")
-    if isinstance(source, Path):
-        source.mkdir()
-    slots, number = 64, 0
-    history: list[list[int]] = [[0] * slots]
-    promised = 0
+    """Everybody is killed at any moment, again and again."""
+    file = Numbered(7)
+    source: Path | str = volume if which == "volume" else log.with_name("prefix")
     for _ in range(max(3, KILLS // 2)):
         m = mounter(*options(log, "--bwlimit", "4MB/s", "--kernel-cache", "off"), source=source)
-        path = m.path / "file"
-        if not path.exists():
-            path.write_bytes(bytes(slots * 8))
-        fd = os.open(path, os.O_RDWR)
-        found = [int.from_bytes(os.pread(fd, 8, i * 8), "little") for i in range(slots)]
-        assert found in history[promised:]
-        history, promised = [found], 0
-        for _ in range(rng.randrange(20, 200)):
-            number += 1
-            slot = rng.randrange(slots)
-            os.pwrite(fd, number.to_bytes(8, "little"), slot * 8)
-            history.append([*history[-1][:slot], number, *history[-1][slot + 1 :]])
-            if rng.random() < 0.1:
-                os.fsync(fd)
-                promised = len(history) - 1
+        fd = os.open(m.path / "file", os.O_RDWR | os.O_CREAT)
+        file.go_on(fd)
         m.kill()
         with pytest.raises(OSError, match="not connected"):
             os.close(fd)
         while mounted_here(m.path):
             wbfuse("umount", str(m.path))
     last = mounter(*options(log), source=source)
-    with open(last.path / "file", "rb") as f:
-        raw = f.read()
-    assert [int.from_bytes(raw[i * 8 : i * 8 + 8], "little") for i in range(slots)] in history[promised:]
+    file.see((last.path / "file").read_bytes())
 
 
 @needs_mount
@@ -333,9 +339,7 @@ def test_a_file_that_is_replaced_is_the_old_or_the_new_one(mounter: Mounter, log
 @pytest.mark.parametrize("fsync", ["log", "store"])
 def test_after_a_power_cut_each_file_is_at_a_point_of_its_history(mounter: Mounter, workdir: Path, fsync: str) -> None:
     """Source and log on one ext4 that loses what was not synced."""
-    rng = random.Random(11)
-    slots, number = 48, 0
-    history, promised = [[0] * slots], 0
+    file = Numbered(11)
     with powercut.disk(workdir, 600) as disk:
         log, source = disk.path / "log", disk.path / "source"
         words = ("--log", str(log), "--fsync", fsync, "--kernel-cache", "off", "--dirty-expire", "100ms")
@@ -343,18 +347,7 @@ def test_after_a_power_cut_each_file_is_at_a_point_of_its_history(mounter: Mount
         for _ in range(max(4, KILLS // 2)):
             m = mounter(*words, source=source)
             fd = os.open(m.path / "file", os.O_RDWR | os.O_CREAT)
-            raw = os.pread(fd, slots * 8, 0).ljust(slots * 8, b"\0")
-            found = [int.from_bytes(raw[i * 8 : i * 8 + 8], "little") for i in range(slots)]
-            assert found in history[promised:]
-            history, promised = [found], 0
-            for _ in range(rng.randrange(20, 150)):
-                number += 1
-                slot = rng.randrange(slots)
-                os.pwrite(fd, number.to_bytes(8, "little"), slot * 8)
-                history.append([*history[-1][:slot], number, *history[-1][slot + 1 :]])
-                if rng.random() < 0.1:
-                    os.fsync(fd)
-                    promised = len(history) - 1
+            file.go_on(fd)
             disk.cut()
             m.kill()
             with contextlib.suppress(OSError):  # its server is gone
@@ -364,8 +357,7 @@ def test_after_a_power_cut_each_file_is_at_a_point_of_its_history(mounter: Mount
             disk.down()
             disk.up()
         m = mounter(*words, source=source)
-        raw = (m.path / "file").read_bytes().ljust(slots * 8, b"\0")
-        assert [int.from_bytes(raw[i * 8 : i * 8 + 8], "little") for i in range(slots)] in history[promised:]
+        file.see((m.path / "file").read_bytes())
         m.umount()
 
 
