@@ -103,7 +103,6 @@ class CachedFileSystem(StoreFileSystem):
         for f in list(self.cache.files.values()):
             if f.attr.nlink == 0 and not f.opens:
                 self.cache.unlinked(f.ino)  # who had it open is gone with the mount
-        self.store.taken_over()
 
     def _take_over(self, handle: Handle) -> None:
         self._attach(handle)

@@ -86,6 +86,7 @@ class StoreFileSystem(FileSystem):
             except OSError as e:
                 log.warning("node %d, which was open, is not in the store any more: %s", handle.ino, e.strerror)
                 self.handles.close(fh)
+        self.store.taken_over()
 
     def _take_over(self, handle: Handle) -> None:
         self.store.hold(handle.ino)
