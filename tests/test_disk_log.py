@@ -402,6 +402,22 @@ def test_a_log_whose_disk_is_not_mounted_is_asked_for(mounter: Mounter, workdir:
 
 
 @needs_mount
+def test_a_log_whose_end_was_cut_short_begins_anew(mounter: Mounter, log: Path) -> None:
+    """Killed between the manifest that says "ended" and the rest: what comes later must not be taken for ended."""
+    m = mounter(*options(log))
+    down(m)
+    manifest = log / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"ended": True}))
+    m = mounter(*options(log, *SLOW), source=m.source)
+    data = os.urandom(4 << 20)
+    (m.path / "file").write_bytes(data)
+    wbfuse("sync", str(m.path / "file"), check=True)
+    down(m)
+    again = mounter(*options(log), source=m.source)
+    assert (again.path / "file").read_bytes() == data
+
+
+@needs_mount
 def test_times_that_were_set_are_not_undone(mounter: Mounter, log: Path) -> None:
     m = mounter(*options(log))
     (m.path / "file").write_bytes(b"data")

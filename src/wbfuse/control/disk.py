@@ -86,6 +86,7 @@ class LogDirectory:
         self.loaded: Loaded | None = None
         self._manifest: dict[str, Any]
         found = self.directory.manifest()
+        ended = found is not None and found.pop("ended", False)  # of the mount before; this one has only begun
         if found is not None and kept:  # it was looked at by the first worker
             self._manifest = found
             return
@@ -98,7 +99,7 @@ class LogDirectory:
                 f"{path}: holds the log of {found['source']}; mount that with it, or see: wbfuse recover {path}/"
             )
         self._manifest = found
-        if found.get("ended"):
+        if ended:
             return
         self.loaded = load(self.directory, lambda table: adapt(table, spec))
         if self.loaded is not None:

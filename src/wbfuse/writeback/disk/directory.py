@@ -195,7 +195,7 @@ class Directory:
                 continue
             found[header.epoch, header.number] = name
             heads[header.epoch] = max(heads.get(header.epoch, (0, 0)), (header.number, header.head))
-        epoch = manifest["epoch"] if manifest is not None else 0
+        epoch = manifest["epoch"] if manifest is not None and not manifest.get("ended") else 0
         head = heads.get(epoch, (0, 0))[1]
         self.newest_epoch = max(heads, default=0)
         self._at = {key: name for key, name in found.items() if key[0] == epoch and key[1] >= head}
