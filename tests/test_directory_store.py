@@ -78,6 +78,18 @@ def test_the_private_directory_is_not_there(store: DirectoryStore) -> None:
     store.drop(ino)
 
 
+def test_a_listing_that_goes_on_at_its_end_may_begin_again(source: Path) -> None:
+    """As after the death of a server: the kernel asks the next one for what comes after the last entry."""
+    (source / "file").touch()
+    store = DirectoryStore(str(source))
+    *_, last = store.readdir(ROOT_INO, 0)
+    store.close()
+    store = DirectoryStore(str(source))
+    assert list(store.readdir(ROOT_INO, last.offset)) == []
+    assert "file" in [os.fsdecode(e.name) for e in store.readdir(ROOT_INO, 0)]
+    store.close()
+
+
 def test_orphans_of_a_store_that_died_are_removed(source: Path) -> None:
     script = (
         "import os, sys; from wbfuse.store.directory import DirectoryStore; from wbfuse.testing.store import ME\n"

@@ -42,6 +42,7 @@ from wbfuse.wire.constants import Opcode
 from wbfuse.writeback.cache import GEOMETRY, WritebackCache
 from wbfuse.writeback.engine import Engine
 from wbfuse.writeback.log import Log, LogError
+from wbfuse.writeback.renames import DeferredRenames
 from wbfuse.writeback.salvage import dirty_files
 
 COUNT = int(os.environ.get("WBFUSE_FUZZ", "300"))
@@ -136,8 +137,9 @@ def kernel(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kernel]:
     (tmp_path / "secret").write_bytes(b"nobody's business")
     store = DirectoryStore(str(source))
     if request.param == "cached":
-        cache = WritebackCache(store, 32 << 20, 1 << 20, 4 << 20)
-        fs: StoreFileSystem = CachedFileSystem(store, cache, Engine(cache, 0.05), True)
+        renames = DeferredRenames(store, Journal())
+        cache = WritebackCache(renames.as_store(), 32 << 20, 1 << 20, 4 << 20)
+        fs: StoreFileSystem = CachedFileSystem(renames, cache, Engine(cache, 0.05), True)
     else:
         fs = StoreFileSystem(store)
     made = Kernel(fs)

@@ -18,6 +18,7 @@ import pytest
 
 from wbfuse.filesystem.api import PARKED, Lent, Parked, Request, WouldBlock
 from wbfuse.filesystem.cached_fs import CachedFileSystem
+from wbfuse.journal import Journal
 from wbfuse.store.contract import ROOT_INO, Change, FencedError, Store
 from wbfuse.store.directory import DirectoryStore
 from wbfuse.wire.constants import FATTR_MTIME
@@ -26,6 +27,7 @@ from wbfuse.writeback.cache import WritebackCache
 from wbfuse.writeback.cached_file import File
 from wbfuse.writeback.engine import Engine
 from wbfuse.writeback.file import Generation
+from wbfuse.writeback.renames import DeferredRenames
 
 MIB = 1 << 20
 PATIENCE = 20.0
@@ -102,9 +104,10 @@ class Stage:
     def __init__(self, source: Path, clock: Callable[[], float] = time.monotonic, expire: float = 0.02) -> None:
         self.source = source
         self.store = Hooked(DirectoryStore(str(source)))
-        self.cache = WritebackCache(cast(Store, self.store), 64 * MIB, MIB, 4 * MIB, clock)
+        renames = DeferredRenames(cast(Store, self.store), Journal())
+        self.cache = WritebackCache(renames.as_store(), 64 * MIB, MIB, 4 * MIB, clock)
         self.engine = HookedEngine(self.cache, expire)
-        self.fs = CachedFileSystem(cast(Store, self.store), self.cache, self.engine, False)
+        self.fs = CachedFileSystem(renames, self.cache, self.engine, False)
         self.started = False
         self.replies: dict[int, tuple[object, int]] = {}
         self.news = threading.Condition()

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -306,3 +307,24 @@ def test_without_resend_what_a_dead_worker_left_unanswered_ends_in_an_error(
     m.umount()
     assert (m.source / "kept").read_bytes() == b"kept and more"
     assert (m.source / "waited").read_bytes() == b"written"
+
+
+@needs_mount
+def test_a_worker_dies_though_the_kernel_was_asked_to_write_back(mounter: Mounter) -> None:
+    """NOTIFY_INVAL_INODE waits where no signal comes through, for replies that only the next worker gives."""
+    m = mounter("--max-deaths", "1000")
+    data, rng = bytearray(4 << 20), random.Random(5)
+    with open(m.path / "file", "w+b", buffering=0) as f, ThreadPoolExecutor(1) as pool:
+        f.truncate(len(data))
+        for _ in range(max(8, KILLS // 10)):
+            server = worker(m)
+            for at in range(0, len(data), 8192):  # each page is a request of its own, one after the other
+                data[at : at + 4096] = rng.randbytes(4096)
+                os.pwrite(f.fileno(), data[at : at + 4096], at)
+            asked = pool.submit(os.lseek, f.fileno(), 0, os.SEEK_HOLE)
+            time.sleep(rng.random() * 0.02)  # any moment will do
+            os.kill(server, signal.SIGKILL)
+            assert asked.result(60) == 4096
+        assert os.pread(f.fileno(), len(data), 0) == data
+    m.umount()
+    assert (m.source / "file").read_bytes() == data

@@ -120,6 +120,31 @@ class Writers:
             os.unlink(d / name)
         d.rmdir()
 
+    def w_saves(self, n: int) -> None:
+        """A file replaced while the data of its next version is on its way, and what programs do with it then."""
+        d = self.home / "saves"
+        away = d / "away" if n % 2 else d
+        away.mkdir(parents=True, exist_ok=True)
+        path, new = d / "file", away / "file.new"
+        data = b"version %d, " % n * 1000
+        with open(new, "wb", buffering=0) as f:
+            f.write(data)
+            os.rename(new, path)
+            f.write(b"its end")
+        if n % 2:
+            away.rmdir()
+        if n % 5 == 4:
+            os.rename(path, d / "backup")
+            there = os.listdir(d)
+            assert there == ["backup"], there
+            os.rename(d / "backup", path)
+        there = os.listdir(d)
+        assert there == ["file"], there
+        assert path.read_bytes() == data + b"its end"
+        if n % 7 == 6:
+            os.unlink(path)
+            assert os.listdir(d) == []
+
     def w_unlinked(self, n: int) -> None:
         """A lock file made exclusively, and used on after its name has gone."""
         path = self.home / "lock"

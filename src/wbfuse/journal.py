@@ -53,10 +53,12 @@ class Kind(IntEnum):
     """A change of names that may have been done; the key is the request's unique."""
     SESSION = 7
     """The session that the mount has on a volume; key 0."""
-    LOG = 9
-    """Size of the log and of its largest payload; key 0."""
     ERROR = 8
     """What write-back of a file met and its openers shall hear of; the key is its ino."""
+    LOG = 9
+    """Size of the log and of its largest payload; key 0."""
+    RENAME = 10
+    """A rename that waits for the data of its source; the key is that file's ino."""
 
 
 def pack(tag: int, value: bytes, flags: int = 0) -> bytes:

@@ -70,6 +70,10 @@ def _on_disk(disk: dict[str, Any] | None) -> dict[str, str]:
     return {"log on disk": f"{disk['path']}, fsync waits for the {disk['fsync']}; {state}"}
 
 
+def _waiting(renames: int) -> str:
+    return f"; {renames} rename{'s wait' if renames > 1 else ' waits'} for them" if renames else ""
+
+
 def _show(one: dict[str, Any]) -> None:
     from rich.console import Console  # imported here: `--json` must be quick
     from rich.table import Table
@@ -81,7 +85,8 @@ def _show(one: dict[str, Any]) -> None:
         + (", shared (a lease for each file that is written)" if one.get("shared") else ""),
         "kernel": f"FUSE {negotiated.get('protocol')}, requests up to {show_size(negotiated.get('max_write', 0))}, "
         + " ".join(negotiated.get("capabilities", [])),
-        "dirty": f"{show_size(one['dirty_bytes'])} in {one.get('dirty_files', 0)} files",
+        "dirty": f"{show_size(one['dirty_bytes'])} in {one.get('dirty_files', 0)} files"
+        + _waiting(one.get("renames", 0)),
         "under write-back": show_size(one["writeback_bytes"]),
         "log": f"{show_size(log['used'])} of {show_size(log['size'])}, writers wait at {show_size(log['limit'])}"
         if log

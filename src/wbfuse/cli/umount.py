@@ -91,7 +91,7 @@ def umount(mountpoint: str, lazy: bool) -> None:
         except ControlError as e:
             if "not running" not in str(e):
                 raise click.ClickException(_busy_hint(path, str(e))) from e
-            unmount(path, lazy=True)
+            unmount(path, lazy=True, dead=True)
             if socket is not None:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(socket)

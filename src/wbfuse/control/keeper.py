@@ -155,7 +155,7 @@ class Keeper:
 
     def _unmount(self) -> None:
         try:
-            unmount(self._spec["mountpoint"], lazy=True)
+            unmount(self._spec["mountpoint"], lazy=True, dead=True)
         except MountError as e:
             log.warning("%s", e)
 

@@ -38,6 +38,7 @@ from wbfuse.writeback.disk.writer import DiskLog
 from wbfuse.writeback.engine import Engine
 from wbfuse.writeback.limits import MAX_PAUSE
 from wbfuse.writeback.log import LogError
+from wbfuse.writeback.renames import DeferredRenames
 
 log = logging.getLogger(__name__)
 
@@ -215,9 +216,11 @@ class Mount:
         max_write = min(StoreFileSystem.max_write, max_pages_limit() * PAGE)
         # Root tells the kernel how much it may hold (see _tune); others have to live with its default.
         kernel_dirty = self._kernel_share() if os.geteuid() == 0 else kernel_dirty_share()
+        renames = DeferredRenames(store, self.journal)
         self.cache = WritebackCache(
-            store, spec.log_size, max_write, kernel_dirty, journal=self.journal, log_fd=self._kept.get("log")
-        )
+            renames.as_store(), spec.log_size, max_write, kernel_dirty,
+            journal=self.journal, log_fd=self._kept.get("log"),
+        )  # fmt: skip
         self.engine = Engine(self.cache, spec.dirty_expire)
         if spec.full_timeout is not None:
             self.engine.full_timeout = spec.full_timeout
@@ -235,7 +238,7 @@ class Mount:
                 super().destroy()
 
         kernel_writeback = spec.kernel_cache == "writeback"
-        fs = Draining(store, self.cache, self.engine, kernel_writeback, direct, wait, self.journal)
+        fs = Draining(renames, self.cache, self.engine, kernel_writeback, direct, wait, self.journal)
         fs.fsync_by_log = spec.fsync == "log"
         self.engine.sync_each = spec.log_dir is not None
         fs.on_stopped = lambda: self._end_log(keep=bool(self.left))
@@ -377,6 +380,7 @@ class Mount:
             return
         for ino in {handle.ino for _, handle in fs.handles.all() if handle.writable}:
             fs.pull(ino)
+        fs.follow_renames()
         progress: list[int] = []
         with ThreadPoolExecutor(1, "drain") as pool:
             drained = pool.submit(cache.drain, progress.append, self._impatient.is_set)
@@ -395,10 +399,11 @@ class Mount:
 
     def _drain(self) -> None:
         """After the last request: write what is left, as often as it takes, unless told twice to end."""
-        if self.cache is None:
+        if self.cache is None or not isinstance(self.fs, CachedFileSystem):
             return
         while True:
             try:
+                self.fs.follow_renames()
                 failed = self.cache.drain(lambda _left: None, self._impatient.is_set)
                 if not failed:
                     return
@@ -439,6 +444,7 @@ class Mount:
             "worker": {"pid": os.getpid(), "deaths": self.deaths},
             "dirty_bytes": 0,
             "writeback_bytes": 0,
+            "renames": 0,
             "last_error": "",
             "log": {},
             "negotiated": {},
@@ -471,6 +477,8 @@ class Mount:
             if self.disk is not None:
                 out["log"]["disk"] = {"path": self.spec.log_dir, "fsync": self.spec.fsync} | self.disk.status()
             out["store"]["bandwidth"] = state["bandwidth"]
+        if isinstance(self.fs, CachedFileSystem):
+            out["renames"] = len(self.fs.renames.pending)
         return out
 
     def _do_status(self, _request: Message) -> Iterator[Message]:

@@ -109,7 +109,7 @@ class FileSystem:
     readers: int = 1
     """Threads that receive requests. More than one pays only where most requests may block."""
 
-    notify: Callable[[Sequence[bytes]], Future[None]]
+    notify: Callable[..., Future[None]]
     """Set by the session: sends a notification of `wbfuse.wire.replies` from a thread of its own."""
 
     def receive_target(self) -> memoryview | None:

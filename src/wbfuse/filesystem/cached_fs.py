@@ -9,8 +9,8 @@ What may wait here without a thread: WRITE (limits), FSYNC, FLUSH of a writable 
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import logging
 import os
 import stat
 import threading
@@ -23,7 +23,7 @@ from wbfuse.filesystem.api import PARKED, Buffer, Lent, Parked, Request, WouldBl
 from wbfuse.filesystem.handles import Handle
 from wbfuse.filesystem.store_fs import MAX_OFFSET, O_DSYNC, StoreFileSystem, writable
 from wbfuse.journal import Journal
-from wbfuse.store.contract import Found, Store
+from wbfuse.store.contract import Found
 from wbfuse.wire import replies
 from wbfuse.wire import requests as wire
 from wbfuse.wire.constants import (
@@ -48,15 +48,19 @@ from wbfuse.wire.constants import (
 from wbfuse.wire.negotiate import Agreement
 from wbfuse.wire.types import Attr, Entry, Opened
 from wbfuse.writeback.cache import FULL, WritebackCache
-from wbfuse.writeback.cached_file import File
+from wbfuse.writeback.cached_file import File, Sequel
 from wbfuse.writeback.engine import Engine
 from wbfuse.writeback.extents import HOLE
 from wbfuse.writeback.file import STORE
 from wbfuse.writeback.log import LogFull
+from wbfuse.writeback.renames import DeferredRenames, Move
+
+log = logging.getLogger(__name__)
 
 OURS = b"user.wbfuse."
 """Extended attributes of what the cache knows: `dirty`, bytes that are not in the store; `error`, the last one."""
 _KERNELS_TIMES = FATTR_MTIME | FATTR_CTIME | FATTR_FH
+_LOOK_AGAIN = 1.0
 _SLOW_CHANGES = FATTR_MODE | FATTR_UID | FATTR_GID | FATTR_KILL_SUIDGID
 
 
@@ -67,10 +71,14 @@ class CachedFileSystem(StoreFileSystem):
     readers = 1
 
     def __init__(
-        self, store: Store, cache: WritebackCache, engine: Engine, kernel_writeback: bool, direct_io: bool = False,
-        wait_on_close: bool = True, journal: Journal | None = None,
+        self, renames: DeferredRenames, cache: WritebackCache, engine: Engine, kernel_writeback: bool,
+        direct_io: bool = False, wait_on_close: bool = True, journal: Journal | None = None,
     ) -> None:  # fmt: skip
+        store = renames.as_store()
         super().__init__(store, direct_io, wait_on_close, journal)
+        self.renames = renames
+        renames.waits = self._may_be_behind
+        renames.settle = self._settle
         self.cache = cache
         self.engine = engine
         self.kernel_writeback = kernel_writeback
@@ -94,9 +102,12 @@ class CachedFileSystem(StoreFileSystem):
         self.cache.can_resend = bool(agreement.capabilities & Cap.HAS_RESEND)
         self.engine.on_room = self._ask_again
         self.engine.start()
+        self.renames.on_deferred = self._follow
+        self.follow_renames()
 
     def take_over(self) -> None:
         """Also replays the log."""
+        self._load_renames()
         for ino, records in self.cache.inherited().items():
             self.engine.take_over(ino, records)
         super().take_over()
@@ -109,8 +120,18 @@ class CachedFileSystem(StoreFileSystem):
         if handle.file is not None and handle.file.error:
             handle.errors_seen = handle.file.error_sequence - 1  # it may have been told; twice is better than never
 
+    def _load_renames(self) -> None:
+        while True:
+            try:
+                self.renames.load()
+                return
+            except OSError as e:
+                log.warning("renames wait in the journal: %s", e.strerror)
+            with self.cache.lock:
+                self.cache.room.wait(_LOOK_AGAIN)
+
     def _ask_again(self) -> None:
-        self.notify(replies.notify_resend())
+        self.notify(replies.notify_resend(), at_once=True)
 
     def destroy(self) -> None:
         try:
@@ -122,14 +143,54 @@ class CachedFileSystem(StoreFileSystem):
 
     # names
 
-    def rename(self, request: Request, name: bytes, newdir: int, newname: bytes, flags: int) -> None:
-        """With a log on disk, data that was written to a file is there before the file takes the place of another."""
-        if self.cache.disk is not None:
-            with contextlib.suppress(FileNotFoundError):
-                f = self.cache.files.get(self._is_there(request.nodeid, name))
-                if f is not None and (newest := self.cache.newest(f)):
-                    self.cache.disk.wait(newest)
-        super().rename(request, name, newdir, newname, flags)
+    def _may_be_behind(self, ino: int) -> bool:
+        """Whether the store may not have all that was written to a file, durably."""
+        f = self.cache.files.get(ino)
+        if f is None:
+            return not self._durable_commits
+        with self.cache.lock:
+            return bool(f.opens or f.core.generations or f.busy) or not self._durable_commits
+
+    def _follow(self, move: Move) -> None:
+        """Have a rename carried out once everything that was written to its source so far is durable."""
+        sequel = Sequel(partial(self._carry_out, move), partial(self.renames.give_up, move))
+        f = self.cache.files.get(move.ino)
+        f = self.cache.follow(move.ino, self._fresh_attr(move.ino) if f is None else f.attr, sequel)
+        move.followed = True
+        if f.opens and self.kernel_writeback:
+            pulled = self.notify(replies.notify_inval_inode(move.ino, 0, 0))
+            pulled.add_done_callback(lambda _: self.cache.let_follow(f, sequel))
+        else:
+            self.cache.let_follow(f, sequel)
+
+    def follow_renames(self) -> None:
+        """See to all that wait, also of a server before this one."""
+        for move in self.renames.pending:
+            if not move.followed:
+                self._follow(move)
+
+    def _carry_out(self, move: Move) -> None:
+        self._lost(*self.renames.carry_out(move))
+
+    def _settle(self, move: Move) -> None:
+        with self.cache.lock:
+            f = self.cache.files.get(move.ino)
+            sequel = None if f is None else f.sequel
+        if f is not None and sequel is not None:
+            self.cache.let_follow(f, sequel)
+        self._commit_now(move.ino)
+        self._carry_out(move)
+
+    def fsyncdir(self, request: Request, fh: int, datasync: bool) -> Parked | None:
+        """Renames that wait come first; with `fsync_by_log` it is enough that the log on disk has them."""
+        moves = self.renames.inside(request.nodeid)
+        disk = self.cache.disk
+        if moves and self.fsync_by_log and disk is not None and not disk.broken:
+            disk.wait()
+        elif moves:
+            for move in moves:
+                self._settle(move)
+        return super().fsyncdir(request, fh, datasync)
 
     # attributes
 

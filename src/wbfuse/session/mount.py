@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 _libc = ctypes.CDLL(None, use_errno=True)
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS, MS_DIRSYNC, MS_NOATIME = 1, 2, 4, 8, 16, 128, 1024
-MNT_DETACH = 2
+MNT_FORCE, MNT_DETACH = 1, 2
 
 _FLAGS = {
     "ro": MS_RDONLY, "rw": 0, "nosuid": MS_NOSUID, "suid": 0, "nodev": MS_NODEV, "dev": 0, "noexec": MS_NOEXEC,
@@ -182,15 +182,24 @@ def _explain(reason: str) -> str:
     return reason
 
 
-def unmount(mountpoint: str, lazy: bool = False) -> None:
-    """Unmount; `lazy` detaches a busy mount at once. Raises MountError (its cause an OSError where errno is known)."""
+def unmount(mountpoint: str, lazy: bool = False, dead: bool = False) -> None:
+    """Unmount; `lazy` detaches a busy mount at once. Raises MountError (its cause an OSError where errno is known).
+
+    `dead`: nobody serves it any more, so what applications wait for ends with an error.
+    """
     if os.geteuid() == 0:
-        if _libc.umount2(os.fsencode(mountpoint), MNT_DETACH if lazy else 0) != 0:
+        flags = MNT_DETACH * lazy | MNT_FORCE * dead
+        if _libc.umount2(os.fsencode(mountpoint), flags) != 0:
             code = ctypes.get_errno()
             if code == errno.EINVAL:
                 raise MountError(f"{mountpoint}: not mounted") from OSError(code, "")
             raise MountError(f"{mountpoint}: {os.strerror(code)}") from OSError(code, "")
         return
+    found = find_mount(mountpoint) if dead else None
+    if found is not None:
+        number = found.device.partition(":")[2]
+        with contextlib.suppress(OSError), open(f"/sys/fs/fuse/connections/{number}/abort", "w", encoding="ascii") as f:
+            f.write("1")
     words = [_fusermount(), "-u", *(["-z"] if lazy else []), "--", mountpoint]
     done = subprocess.run(words, stderr=subprocess.PIPE, check=False)
     if done.returncode != 0:

@@ -94,8 +94,6 @@ class Session:
         self.fd = fd
         self._io = fd
         """Where requests are read and answered: the connection, or a clone of it."""
-        self.outlived = False
-        """Somebody keeps the connection when this process dies."""
         self.fs = fs
         self.debug = debug
         self.parked: dict[int, Request] = {}
@@ -126,6 +124,15 @@ class Session:
         self._threads: list[threading.Thread] = []
         self._answers: deque[int] = deque(maxlen=1000)
         """Nanoseconds that the reader took for its last answers, READs and WRITEs apart."""
+
+    @property
+    def outlived(self) -> bool:
+        """Somebody keeps the connection when this process dies."""
+        return self.notifier.outlived
+
+    @outlived.setter
+    def outlived(self, value: bool) -> None:
+        self.notifier.outlived = value
 
     # life
 

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from struct import Struct
 
@@ -24,7 +25,7 @@ from wbfuse.journal import Journal
 from wbfuse.journal import Kind as Entry
 from wbfuse.store.contract import FencedError, Store
 from wbfuse.wire.types import Attr
-from wbfuse.writeback.cached_file import Done, File, Waiter
+from wbfuse.writeback.cached_file import Done, File, Sequel, Waiter
 from wbfuse.writeback.disk.writer import DiskLog
 from wbfuse.writeback.extents import HOLE
 from wbfuse.writeback.file import STORE, Generation
@@ -211,7 +212,7 @@ class WritebackCache:
 
     def _forgettable(self, f: File) -> bool:
         """Held: lock. Take `f` out where nothing needs it; the caller then drops it in the store, without the lock."""
-        if f.opens or f.busy or f.core.generations or f.waiters or self.files.get(f.ino) is not f:
+        if f.opens or f.busy or f.core.generations or f.waiters or f.sequel or self.files.get(f.ino) is not f:
             return False
         del self.files[f.ino]
         if f.marked:
@@ -423,6 +424,7 @@ class WritebackCache:
             self.full.pop(f.ino, None)
             self.failing.pop(f.ino, None)
         waiters, f.waiters = f.waiters, []
+        f.sequel = None
         self.urgent.pop(f.ino, None)
         return self._unpark(f.ino) + [_settle(w, 0) for w in waiters]
 
@@ -491,15 +493,33 @@ class WritebackCache:
         """
         with self.lock:
             number = f.core.seal()
-            if not number and f.synced == f.version and not f.busy:
+            if not number and f.synced == f.version and not f.busy and f.sequel is None:
                 return True
             f.waiters.append(Waiter(number, done))
-            f.retry_at = 0.0
-            self.failing.pop(f.ino, None)
-            if not f.busy:
-                self.urgent[f.ino] = f
-                self.work.notify()
+            self._hurry(f)
             return False
+
+    def _hurry(self, f: File) -> None:
+        """Held: lock. Somebody waits for `f` now."""
+        f.retry_at = 0.0
+        self.failing.pop(f.ino, None)
+        if not f.busy:
+            self.urgent[f.ino] = f
+            self.work.notify()
+
+    def follow(self, ino: int, attr: Attr, sequel: Sequel) -> File:
+        """`sequel` is to follow what is accepted of a file until `let_follow`; it takes the place of one before it."""
+        with self.lock:
+            f = self._adopt(ino, attr)
+            f.sequel = sequel
+            return f
+
+    def let_follow(self, f: File, sequel: Sequel) -> None:
+        """Everything that it is to follow has been accepted."""
+        with self.lock:
+            if f.sequel is sequel and sequel.generation is None:
+                sequel.generation = f.core.seal()
+                self._hurry(f)
 
     def cancel(self, f: File, done: Done) -> bool:
         """Forget a waiter (it was interrupted). False where it is being answered already."""
@@ -507,7 +527,7 @@ class WritebackCache:
             for w in f.waiters:
                 if w.done is done:
                     f.waiters.remove(w)
-                    if not f.waiters:
+                    if not f.waited_for:
                         self.urgent.pop(f.ino, None)
                         if f.core.generations and not f.busy and f.ino not in self.failing:
                             self.dirty.setdefault(f.ino, f)
@@ -526,22 +546,22 @@ class WritebackCache:
             for f in self.failing.values():
                 f.retry_at = 0.0
             # By number, not by emptiness: beside a writer that never stops there is no moment when all is clean.
-            wanted = {f.ino: (f, f.core.seal(), f.error_sequence) for f in self.files.values()}
-            for f, number, _ in wanted.values():
-                if number and not f.busy:
-                    self.full[f.ino] = f
+            goals = [_Goal(f, f.core.seal(), f.error_sequence, f.sequel) for f in self.files.values()]
+            for goal in goals:
+                if goal.number and not goal.file.busy:
+                    self.full[goal.file.ino] = goal.file
             self.work.notify_all()
         try:
             while True:
                 with self.lock:
-                    left = [w for w in wanted.values() if self.files.get(w[0].ino) is w[0] and _pending(w[0], w[1])]
-                    failed = [f for f, _, sequence in left if f.error_sequence > sequence]
+                    left = [g for g in goals if self.files.get(g.file.ino) is g.file and g.pending]
+                    failed = [g for g in left if g.file.error_sequence > g.error_sequence]
                     if not left:
                         versions = {f: f.version for f in self.files.values()}
                         break
                     if len(failed) == len(left) or give_up():
-                        return [(f.ino, f.error) for f, _, _ in left]
-                    pending = sum(f.core.dirty_bytes for f, _, _ in left)
+                        return [(g.file.ino, g.file.error) for g in left]
+                    pending = sum(g.file.core.dirty_bytes for g in left)
                     self.room.wait(0.2)
                 on_progress(pending)
         finally:
@@ -592,9 +612,9 @@ class WritebackCache:
             self.dirty[f.ino] = f
             if f.core.generations[0].sealed:
                 self.full[f.ino] = f
-        if f.waiters:
+        if f.waited_for:
             self.urgent[f.ino] = f
-        if f.core.generations or f.waiters:
+        if f.core.generations or f.waited_for:
             self.work.notify()
 
     # the log's own housekeeping
@@ -657,6 +677,18 @@ def _settle(waiter: Waiter, error: int) -> Callable[[], None]:
     return lambda: waiter.done(error)
 
 
-def _pending(f: File, number: int) -> bool:
-    """Whether generations up to `number` are not committed."""
-    return bool(f.core.generations) and f.core.generations[0].number <= number
+@dataclass(slots=True)
+class _Goal:
+    """Of a drain: generations of a file up to `number` are committed, and what was to follow then has."""
+
+    file: File
+    number: int
+    error_sequence: int
+    """When the drain began."""
+    sequel: Sequel | None
+
+    @property
+    def pending(self) -> bool:
+        generations = self.file.core.generations
+        dirty = bool(generations) and generations[0].number <= self.number
+        return dirty or (self.sequel is not None and self.file.sequel is self.sequel)

@@ -20,12 +20,30 @@ class Waiter:
     done: Done
 
 
+@dataclass(slots=True, eq=False)
+class Sequel:
+    """What the store is to do once everything up to a generation is durable, and before that is told to anybody."""
+
+    act: Callable[[], None]
+    """Raises OSError where it must be tried again."""
+    give_up: Callable[[], None]
+    """Called instead where the file can never be committed."""
+    generation: int | None = None
+    """None: not known yet."""
+
+    def ready(self, f: File, committed: int) -> bool:
+        """Held: lock. Whether its time has come; `committed` is the generation in flight that the store has taken."""
+        if self.generation is None:
+            return False
+        return all(g.number > self.generation or g.number <= committed for g in f.core.generations)
+
+
 class File:
     """What the cache holds of one file: the pure FileCache and what surrounds it."""
 
     __slots__ = (
         "attr", "attr_version", "bare", "copying", "core", "error", "error_sequence", "failures", "fenced", "ino",
-        "marked", "opens", "retry_at", "synced", "syncing", "unlinked", "version", "waiters",
+        "marked", "opens", "retry_at", "sequel", "synced", "syncing", "unlinked", "version", "waiters",
     )  # fmt: skip
 
     def __init__(self, ino: int, attr: Attr, seal_bytes: int, seal_early: bool) -> None:
@@ -41,6 +59,7 @@ class File:
         """The journal says that it is dirty."""
         self.opens = 0
         self.waiters: list[Waiter] = []
+        self.sequel: Sequel | None = None
         self.error = 0
         self.error_sequence = 0
         """errseq: counts errors; a handle that has seen a lower number has one to report."""
@@ -73,6 +92,15 @@ class File:
             attr.nlink = 0
         self.attr = attr
         self.attr_version += 1
+
+    @property
+    def waited_for(self) -> bool:
+        return bool(self.waiters) or (self.sequel is not None and self.sequel.generation is not None)
+
+    def waits_up_to(self, generation: int) -> bool:
+        """Whether somebody waits for this generation or one before it."""
+        last = None if self.sequel is None else self.sequel.generation
+        return any(w.generation <= generation for w in self.waiters) or (last is not None and last <= generation)
 
     @property
     def busy(self) -> bool:

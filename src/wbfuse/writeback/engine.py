@@ -373,8 +373,8 @@ class Engine:
             f.version += 1
             if f.attr_version == seen:  # else somebody has set a mode or owner since, and knows better
                 f.set_attr(attr)
-            waited_for = self.sync_each or any(w.generation <= g.number for w in f.waiters)
-        error = self._sync(f) if waited_for else 0
+            waited_for = self.sync_each or f.waits_up_to(g.number)
+        error = self._sync(f, g.number) if waited_for else 0
         return {f.ino: error} if error else {}
 
     def _begin_staging(self, f: File, g: Generation) -> None:
@@ -421,15 +421,21 @@ class Engine:
         if error := self._sync(f):
             raise OSError(error, os.strerror(error))
 
-    def _sync(self, f: File) -> int:
+    def _sync(self, f: File, committed: int = 0) -> int:
+        """Make durable what the store was given, and have done what was to follow. `committed`: see Sequel."""
         with self.cache.lock:
             version = f.version
+            sequel = f.sequel if f.sequel is not None and f.sequel.ready(f, committed) else None
         try:
             self.cache.store.sync(f.ino)
+            if sequel is not None:
+                sequel.act()
         except OSError as e:
             return e.errno or errno.EIO
         with self.cache.lock:
             f.synced = max(f.synced, version)
+            if f.sequel is sequel:
+                f.sequel = None
         return 0
 
     def _progress(self, done: int) -> None:
@@ -533,9 +539,12 @@ class Engine:
                 cache.failing.pop(f.ino, None)
             cache.freed(cache.log.unpin(pinned))
             waiters, f.waiters = f.waiters, []
+            sequel, f.sequel = f.sequel, None
             f.retry_at = cache.clock() + _FIRST_RETRY
             cache.requeue(f)  # what came meanwhile follows
             cache.room.notify_all()
+        if sequel is not None:
+            sequel.give_up()
         for w in waiters:
             w.done(errno.EIO)
 
@@ -549,11 +558,13 @@ class Engine:
         cache.last_error = f"node {f.ino}: {os.strerror(error)}"
         log.warning("write-back of node %d failed: %s; try %d", f.ino, os.strerror(error), f.failures)
         if error in TRANSIENT:
-            if f.waiters and not f.core.generations:
+            if f.waited_for and not f.core.generations:
                 cache.urgent[f.ino] = f
             return []
         cache.failed(f, error)
         waiters, f.waiters = f.waiters, []
+        if f.waited_for and not f.core.generations:
+            cache.urgent[f.ino] = f
         return [_call(w.done, error) for w in waiters]
 
     # pacing

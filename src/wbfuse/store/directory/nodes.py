@@ -14,7 +14,7 @@ Lock: the store's `_table` guards all of it, for an instant at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from struct import Struct
 from struct import error as struct_error
@@ -86,25 +86,26 @@ def _unpack(ino: int, entry: bytes) -> Node:
     return node
 
 
-def rebase(table: dict[int, bytes], device: int) -> None:
+def rebase(table: dict[int, bytes], device: int, wanted: Iterable[int]) -> None:
     """A journal's table, by tag, for a new mount of the directory, which may be on another `device` after a reboot.
 
-    Of the nodes only those that dirty files need stay: the kernel knows none.
+    Of the nodes only `wanted`, those of dirty files, and their directories stay: the kernel knows none.
     """
     nodes = {tag >> 8: unpack(tag >> 8, value) for tag, value in table.items() if tag & 0xFF == Kind.NODE}
     needed: set[int] = set()
+    waiting = list(wanted)
     for tag in [tag for tag in table if tag & 0xFF == Kind.DIRTY]:
         ino = tag >> 8
         node = nodes.get(ino)
         if node is not None and node.removed:
             del table[tag]
             continue
-        waiting = [ino]
-        while waiting:
-            at = waiting.pop()
-            if at not in needed and at in nodes:
-                needed.add(at)
-                waiting += [parent for parent, _ in nodes[at].places]
+        waiting.append(ino)
+    while waiting:
+        at = waiting.pop()
+        if at not in needed and at in nodes:
+            needed.add(at)
+            waiting += [parent for parent, _ in nodes[at].places]
     for ino, node in nodes.items():
         if ino in needed:
             identity = device, *node.identity[1:]

@@ -422,7 +422,8 @@ class DirectoryStore(DirectoryData, Store):
     def _unshelter(self, node: Node) -> None:
         """Remove the link again. Held: names."""
         place, orphans = (ORPHANAGE, b"%d" % node.ino), self._orphans()
-        os.unlink(place[1], dir_fd=orphans.n)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(place[1], dir_fd=orphans.n)
         with self._table:
             self._nodes.lose(node, place)
 
@@ -513,7 +514,10 @@ class DirectoryStore(DirectoryData, Store):
     def readdir(self, ino: int, offset: int) -> Iterator[Dirent]:
         fd = self._listings.get(ino)
         if fd is None:
-            fd = self._listings.put(ino, self.open_node(ino, os.O_RDONLY | os.O_DIRECTORY))
+            fd = self.open_node(ino, os.O_RDONLY | os.O_DIRECTORY)
+            # Once from its start: on ext4 a descriptor that is first read at the end finds nothing at the start later.
+            syscalls.getdents(fd.n, _GETDENTS)
+            self._listings.put(ino, fd)
         while True:
             with fd.lock:
                 os.lseek(fd.n, offset, os.SEEK_SET)
@@ -603,16 +607,23 @@ class DirectoryStore(DirectoryData, Store):
         if node.orphan:
             self._bury(node)
 
+    def taken_over(self) -> None:
+        for node in list(self._nodes.by_ino.values()):
+            if node.orphan and not node.holds:
+                self._bury(node)
+
     def _bury(self, node: Node) -> None:
         """An orphan was closed: its own link goes, and where that was the last one the file does."""
         with self.names:
             if node.holds or not node.orphan:
                 return  # opened, or named, again meanwhile
             orphans = self._orphans()
-            attr, _ = syscalls.statx(orphans.n, b"%d" % node.ino)
+            links = 0
+            with contextlib.suppress(FileNotFoundError):  # a server before this one died when it had just removed it
+                links = syscalls.statx(orphans.n, b"%d" % node.ino)[0].nlink
             self._unshelter(node)
             with self._table:
-                if attr.nlink == 1:
+                if links == 1 or not node.places:
                     self._nodes.removed(node)
                 gone = self._nodes.settle(node)
             self._close_all([node.ino, *gone])

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from sqlalchemy import Connection, case, delete, func, insert, select, update
+from sqlalchemy import Connection, Double, case, cast, delete, func, insert, select, update
 
 from wbfuse.store.contract import ROOT_INO
 from wbfuse.store.volume.database import Database
@@ -372,12 +372,17 @@ def _cut_off(c: Connection, ino: int) -> None:
         use_packs(c, live, {})
 
 
+def _sum(column: Any) -> Any:
+    """Of numbers that may make no sense: SQLite fails where a sum of integers does not fit, floats are exact enough."""
+    return func.coalesce(func.sum(cast(column, Double)), 0)
+
+
 def _counts(c: Connection) -> Iterator[Problem]:
-    used = select(extents.c.pack, func.sum(extents.c.length).label("n")).group_by(extents.c.pack).subquery()
+    used = select(extents.c.pack, _sum(extents.c.length).label("n")).group_by(extents.c.pack).subquery()
     n = func.coalesce(used.c.n, 0)
     wrong = select(packs.c.pack, packs.c.live, n.label("n")).outerjoin(used, used.c.pack == packs.c.pack)
     for r in c.execute(wrong.where(packs.c.live != n, packs.c.state == LIVE)).all():
-        yield Problem(f"pack {pack_key(r.pack)} counts {r.live} live bytes and has {r.n}",
+        yield Problem(f"pack {pack_key(r.pack)} counts {r.live} live bytes and has {int(r.n)}",
                       partial(_set_live, pack=r.pack))  # fmt: skip
     users: dict[int, int] = {}
     for column in (inodes.c.layer, layers.c.base):
@@ -400,7 +405,7 @@ def _users(layer: Any) -> Any:
 
 def _set_live(c: Connection, pack: int) -> None:
     c.execute(select(packs.c.pack).where(packs.c.pack == pack).with_for_update())
-    n = select(func.coalesce(func.sum(extents.c.length), 0)).where(extents.c.pack == pack).scalar_subquery()
+    n = select(_sum(extents.c.length)).where(extents.c.pack == pack).scalar_subquery()
     c.execute(update(packs).where(packs.c.pack == pack).values(live=n))
 
 
@@ -454,19 +459,19 @@ def _who_loses(database: Database, pack: int) -> list[str]:
     """The ranges of files that a pack holds, for people."""
     ranges = (
         select(extents.c.layer, func.min(extents.c.start), func.max(extents.c.start + extents.c.length),
-               func.sum(extents.c.length))
+               _sum(extents.c.length))
         .where(extents.c.pack == pack)
         .group_by(extents.c.layer)
     )  # fmt: skip
     found = database.query(lambda c: c.execute(ranges).all())
-    return [f"{n} bytes of {_who(database, layer)} between {low} and {high}" for layer, low, high, n in found]
+    return [f"{int(n)} bytes of {_who(database, layer)} between {low} and {high}" for layer, low, high, n in found]
 
 
 def _data(
     database: Database, objects: Objects, compression: str, there: dict[int, int], progress: Progress
 ) -> Iterator[Problem]:
     """Read every frame that a row names, of packs that are there."""
-    total = int(database.query(lambda c: c.execute(select(func.coalesce(func.sum(packs.c.live), 0))).scalar_one()))
+    total = int(database.query(lambda c: c.execute(select(_sum(packs.c.live))).scalar_one()))
     numbers = database.query(lambda c: c.execute(select(packs.c.pack).where(packs.c.live > 0)).scalars().all())
     done = 0
 

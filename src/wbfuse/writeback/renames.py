@@ -1,0 +1,458 @@
+"""Renames that wait: what replaces a file gets its name in the store only after its data.
+
+rename(2) over another file is answered at once. While the data of the source is not durable, this layer between file
+system and store shows the names as they are for applications, and the store still has them as they were:
+
+    names shown:    new -> source            (the replaced file has lost a name)
+    store:          tmp -> source, new -> replaced file
+
+So a machine that stops leaves the old file or the new one, never an empty one. `carry_out` renames in the store.
+Whatever else applications do with these names meanwhile is done at once as well, and always in an order in which the
+store shows no half-written file under the name of a whole one:
+
+- the source's old name is given to something else, or its directory removed: the source steps aside, to a hidden name
+  in the target's directory;
+- the new name is replaced again: the first source goes, the second waits;
+- the new name is removed: both files go; is moved on: the replaced one goes, and the source goes on from where it is.
+
+Only what changes two names at once (RENAME_EXCHANGE), what is not a file, and a second name of a file of which one
+waits already, wait for the data first (`settle`).
+
+Each is an entry of the journal before rename(2) is answered; the order of the steps is such that a server that dies
+between any two leaves what the next one can go on with when the request comes again.
+
+Lock: `_lock` guards the tables and is held over the store's calls that change a name that waits. Lookups do not take
+it, but where they meet a rename that is being carried out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import stat
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from struct import Struct
+from typing import Any, cast
+
+from wbfuse.journal import Journal, Kind
+from wbfuse.store.contract import Change, Found, Owner, Store
+from wbfuse.wire.constants import RENAME_EXCHANGE, RENAME_NOREPLACE
+from wbfuse.wire.types import Attr, Dirent
+
+log = logging.getLogger(__name__)
+
+Place = tuple[int, bytes]
+"""A directory's ino, and a name in it."""
+_GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTDIR)
+_ENTRY = Struct("<QQQBBB")
+"""Inos of the source's directory, the target's and the replaced file; lengths of the names."""
+
+
+@dataclass(slots=True, eq=False)
+class Move:
+    """The file `ino`, which the store has at `source`, is to replace what it has at `target`."""
+
+    ino: int
+    source: Place
+    target: Place
+    victim: int
+    """The ino of what is replaced."""
+    aside: bytes = b""
+    """The name in the target's directory under which the store may have it instead."""
+    held: list[int] = field(default_factory=list)
+    followed: bool = False
+    """Somebody sees to it that it is carried out."""
+
+    def encode(self) -> bytes:
+        (parent, name), (newparent, newname) = self.source, self.target
+        head = _ENTRY.pack(parent, newparent, self.victim, len(name), len(newname), len(self.aside))
+        return head + name + newname + self.aside
+
+    @classmethod
+    def decode(cls, ino: int, value: bytes) -> Move:
+        parent, newparent, victim, n, m, _ = _ENTRY.unpack_from(value)
+        names = value[_ENTRY.size :]
+        return cls(ino, (parent, names[:n]), (newparent, names[n : n + m]), victim, names[n + m :])
+
+
+def nodes_of(table: dict[int, bytes]) -> set[int]:
+    """The inos that the renames in a journal's table, by tag, need."""
+    moves = [Move.decode(tag >> 8, value) for tag, value in table.items() if tag & 0xFF == Kind.RENAME]
+    return {ino for move in moves for ino in (move.ino, move.source[0], move.target[0])}
+
+
+class DeferredRenames:
+    """Wraps a store; see `as_store`. Everything that is not about names goes straight to it."""
+
+    def __init__(self, store: Store, journal: Journal) -> None:
+        self._store = store
+        self._journal = journal
+        self._lock = threading.RLock()
+        self._moves: dict[int, Move] = {}
+        self._at: dict[Place, Move] = {}
+        """By target."""
+        self._hidden: dict[Place, Move] = {}
+        """By source."""
+        self._victims: Counter[int] = Counter()
+        self._inherited = [Move.decode(ino, value) for ino, value in journal.inherited(Kind.RENAME).items()]
+        self.waits: Callable[[int], bool] = lambda _ino: False
+        """Whether data of a regular file may not be durable in the store."""
+        self.on_deferred: Callable[[Move], None] = lambda _move: None
+        """Called when a rename has been taken; it is to be carried out once the data of its source is durable."""
+        self.settle: Callable[[Move], object] = self.carry_out
+        """Carry out one now, its data first. Waits for the store; raises OSError."""
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._store, name)
+        setattr(self, name, method)
+        return method
+
+    def as_store(self) -> Store:
+        return cast(Store, self)
+
+    @property
+    def pending(self) -> list[Move]:
+        """Those that the store has not."""
+        return list(self._moves.values())
+
+    def inside(self, directory: int) -> list[Move]:
+        """Those that come from or go to a directory."""
+        return [move for move in self.pending if directory in (move.source[0], move.target[0])]
+
+    # taking and ending
+
+    def load(self) -> list[Move]:
+        """Go on with those of a server that died; answers them. Raises OSError where the store does not answer, and may
+        be called again then."""
+        while self._inherited:
+            move = self._inherited[-1]
+            if not self._begun(move):
+                self._journal.remove(Kind.RENAME, move.ino)
+            self._inherited.pop()
+        return self.pending
+
+    def _begun(self, move: Move) -> bool:
+        try:
+            self._hold(move)  # before anything is looked up: nobody else may need these nodes yet
+        except OSError as e:
+            if e.errno not in _GONE:
+                raise
+            log.warning("node %d is gone, so it did not become %r", move.ino, move.target[1])
+            return False
+        held, move.held = move.held, []
+        try:
+            if self._find(move):
+                self._begin(move)
+                return True
+            if self._ino_at(move.target) != move.ino:
+                log.warning("node %d has moved, so it did not become %r", move.ino, move.target[1])
+            return False
+        finally:
+            self._release(held)
+
+    def _find(self, move: Move) -> bool:
+        """Whether the store still has the source where it waits, now in `move.source`."""
+        beside = (move.target[0], move.aside)
+        for place in ([beside] if move.aside else []) + [move.source]:
+            if self._ino_at(place) == move.ino:
+                move.source = place
+                return True
+        return False
+
+    def _look(self, place: Place) -> tuple[int, Attr] | None:
+        """What the store has there."""
+        try:
+            ino, attr = self._store.lookup(*place)
+        except OSError as e:
+            if e.errno in _GONE:
+                return None
+            raise
+        self._store.forget(ino)
+        return ino, attr
+
+    def _ino_at(self, place: Place) -> int:
+        found = self._look(place)
+        return 0 if found is None else found[0]
+
+    def _begin(self, move: Move) -> None:
+        """Held: lock, or nobody else is there yet. Raises OSError with nothing changed."""
+        before = self._moves.get(move.ino)
+        self._hold(move)
+        try:
+            self._journal.put(Kind.RENAME, move.ino, move.encode())
+        except BaseException:
+            self._release(move.held)
+            raise
+        self._moves[move.ino] = self._at[move.target] = self._hidden[move.source] = move
+        self._victims[move.victim] += 1
+        if before is not None:
+            self._take_out(before)
+
+    def _end(self, move: Move) -> None:
+        """Held: lock."""
+        self._journal.remove(Kind.RENAME, move.ino)
+        self._take_out(move)
+
+    def _take_out(self, move: Move) -> None:
+        """Held: lock."""
+        if self._moves.get(move.ino) is move:
+            del self._moves[move.ino]
+        for table, place in ((self._at, move.target), (self._hidden, move.source)):
+            if table.get(place) is move:
+                del table[place]
+        self._victims[move.victim] -= 1
+        if not self._victims[move.victim]:
+            del self._victims[move.victim]
+        self._release(move.held)
+
+    def _hold(self, move: Move) -> None:
+        """All or, where it raises OSError, nothing."""
+        try:
+            for ino in (move.ino, move.source[0], move.target[0]):
+                self._store.hold(ino)
+                move.held.append(ino)
+        except BaseException:
+            self._release(move.held)
+            raise
+
+    def _release(self, held: list[int]) -> None:
+        for ino in held:
+            with contextlib.suppress(OSError):  # it is not there any more
+                self._store.drop(ino)
+        held.clear()
+
+    def carry_out(self, move: Move) -> tuple[int, int]:
+        """Rename in the store, where that is still wanted. Answers as Store.rename; after OSError it waits on."""
+        with self._lock:
+            if self._moves.get(move.ino) is not move:
+                return 0, 0
+            lost = (0, 0)
+            try:
+                lost = self._store.rename(*move.source, *move.target, 0)
+            except OSError as e:
+                if e.errno not in _GONE or self._ino_at(move.source) == move.ino:
+                    raise
+                log.warning("node %d was moved away, so it does not become %r", move.ino, move.target[1])
+            self._end(move)
+            return lost
+
+    def give_up(self, move: Move) -> None:
+        """The data of the source will never be in the store: what it was to replace stays."""
+        with self._lock:
+            if self._moves.get(move.ino) is move:
+                log.error("%r is not replaced by node %d, whose data could not be written", move.target[1], move.ino)
+                self._end(move)
+
+    # names as they are shown
+
+    def _shown(self, found: Found) -> Found:
+        lost = self._victims.get(found[0])
+        if lost:
+            found[1].nlink = max(0, found[1].nlink - lost)
+        return found
+
+    def lookup(self, parent: int, name: bytes, nowait: bool = False) -> Found:
+        place = (parent, name)
+        while True:
+            self._check(place)
+            move = self._at.get(place)
+            if move is None:
+                return self._shown(self._store.lookup(parent, name, nowait))
+            try:
+                found = self._store.lookup(*move.source, nowait)
+                if found[0] == move.ino:
+                    return self._shown(found)
+                self._store.forget(found[0])
+            except OSError as e:
+                if e.errno not in _GONE:
+                    raise
+            if nowait:
+                raise BlockingIOError(errno.EAGAIN, "it is being renamed")
+            with self._lock:  # it has just been carried out, or it steps aside
+                if self._at.get(place) is move and self._ino_at(move.source) != move.ino:
+                    log.warning("node %d was moved away, so it does not become %r", move.ino, name)
+                    self._end(move)
+
+    def readdir(self, ino: int, offset: int) -> Iterator[Dirent]:
+        if not self._moves:
+            return self._store.readdir(ino, offset)
+        # As they are now: what is carried out during the listing is hidden, or shown, to its end.
+        hidden = {name for parent, name in list(self._hidden) if parent == ino}
+        moved = {name: move for (parent, name), move in list(self._at.items()) if parent == ino}
+        return self._listed(ino, self._store.readdir(ino, offset), hidden, moved)
+
+    def _listed(
+        self, ino: int, entries: Iterator[Dirent], hidden: set[bytes], moved: dict[bytes, Move]
+    ) -> Iterator[Dirent]:
+        for entry in entries:
+            if entry.name in hidden or (ino, entry.name) in self._hidden:
+                continue
+            move = moved.get(entry.name)
+            if move is not None:
+                entry.ino, entry.type = move.ino, stat.S_IFREG >> 12
+            yield entry
+
+    def getattr(self, ino: int, nowait: bool = False) -> Attr:
+        return self._shown((ino, self._store.getattr(ino, nowait)))[1]
+
+    def setattr(self, ino: int, change: Change) -> Attr:
+        return self._shown((ino, self._store.setattr(ino, change)))[1]
+
+    # making
+
+    def _vacate(self, place: Place) -> None:
+        """A name that is free for applications is to be free in the store as well."""
+        if place in self._at:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), place[1])
+        if place in self._hidden:
+            with self._lock:
+                move = self._hidden.get(place)
+                if move is not None:
+                    self._step_aside(move)
+
+    def _step_aside(self, move: Move) -> None:
+        """Held: lock. To a name of our own beside the target."""
+        if not move.aside:
+            move.aside = b".wbfuse-" + os.urandom(8).hex().encode()
+            self._journal.put(Kind.RENAME, move.ino, move.encode())  # first: the next server looks for it there too
+        beside = (move.target[0], move.aside)
+        self._hidden[beside] = move
+        self._store.rename(*move.source, *beside, RENAME_NOREPLACE)
+        del self._hidden[move.source]
+        before, move.source = move.source, beside
+        self._journal.put(Kind.RENAME, move.ino, move.encode())  # the directory that it came from may go now
+        self._store.hold(beside[0])
+        move.held.append(beside[0])
+        move.held.remove(before[0])
+        self._store.drop(before[0])
+
+    def _empty(self, directory: int) -> None:
+        """A directory that is empty for applications is to be so in the store."""
+        with self._lock:
+            for move in [move for move in self.pending if move.source[0] == directory]:
+                self._step_aside(move)
+
+    def create(self, parent: int, name: bytes, mode: int, owner: Owner) -> Found:
+        self._vacate((parent, name))
+        return self._store.create(parent, name, mode, owner)
+
+    def mknod(self, parent: int, name: bytes, mode: int, rdev: int, owner: Owner) -> Found:
+        self._vacate((parent, name))
+        return self._store.mknod(parent, name, mode, rdev, owner)
+
+    def mkdir(self, parent: int, name: bytes, mode: int, owner: Owner) -> Found:
+        self._vacate((parent, name))
+        return self._store.mkdir(parent, name, mode, owner)
+
+    def symlink(self, parent: int, name: bytes, target: bytes, owner: Owner) -> Found:
+        self._vacate((parent, name))
+        return self._store.symlink(parent, name, target, owner)
+
+    def link(self, ino: int, parent: int, name: bytes) -> Found:
+        self._vacate((parent, name))
+        return self._shown(self._store.link(ino, parent, name))
+
+    # removing and moving
+
+    def _check(self, place: Place) -> None:
+        if place in self._hidden:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), place[1])
+
+    def _left(self, lost: tuple[int, int]) -> tuple[int, int]:
+        """What a removal answered, less the names that are lost already."""
+        return lost[0], lost[1] - self._victims.get(lost[0], 0)
+
+    def _remove(self, place: Place) -> tuple[int, int]:
+        """A name goes from the store, where it is there: a server before this one may have removed it."""
+        try:
+            return self._store.unlink(*place)
+        except FileNotFoundError:
+            return 0, 0
+
+    def unlink(self, parent: int, name: bytes) -> tuple[int, int]:
+        place = (parent, name)
+        self._check(place)
+        if place in self._at:
+            with self._lock:
+                move = self._at.get(place)
+                if move is not None:
+                    self._remove(move.target)
+                    lost = self._remove(move.source)
+                    self._end(move)
+                    return self._left(lost)
+        return self._left(self._store.unlink(parent, name))
+
+    def rmdir(self, parent: int, name: bytes) -> None:
+        if self._moves:
+            self._empty(self._ino_at((parent, name)))
+        self._store.rmdir(parent, name)
+
+    def rename(self, parent: int, name: bytes, newparent: int, newname: bytes, flags: int) -> tuple[int, int]:
+        source, target = (parent, name), (newparent, newname)
+        self._check(source)
+        moves = [move for place in (source, target) if (move := self._at.get(place)) is not None]
+        found = self._look(moves[0].source if moves and moves[0].target == source else source)
+        file = found is not None and stat.S_ISREG(found[1].mode)
+        also = None if found is None else self._moves.get(found[0])  # under another of its names
+        if also is not None and also.target != source:
+            self.settle(also)
+        if moves and (flags & RENAME_EXCHANGE or not file):
+            for move in moves:
+                self.settle(move)
+            moves = []
+        if found is None or flags & RENAME_EXCHANGE:
+            return self._store.rename(*source, *target, flags)
+        if not file:
+            self._vacate(target)
+            if self._moves and stat.S_ISDIR(found[1].mode):
+                self._empty(self._ino_at(target))
+            return self._left(self._store.rename(*source, *target, flags))
+        involved = moves or target in self._hidden
+        if not involved and not (self.waits(found[0]) and self._look(target) is not None):
+            return self._left(self._store.rename(*source, *target, flags))
+        with self._lock:
+            deferred, lost = self._rename_file(found[0], source, target, flags)
+        if deferred is not None:
+            self.on_deferred(deferred)
+        return self._left(lost)
+
+    def _rename_file(self, ino: int, source: Place, target: Place, flags: int) -> tuple[Move | None, tuple[int, int]]:
+        """Held: lock. Answers what was deferred, if it was, and the name that is lost."""
+        mine = self._at.get(source)
+        """The source is the target of one that waits."""
+        begin = source if mine is None else mine.source
+        """Where the store has it."""
+        if mine is not None and target == mine.source:  # back to where it came from
+            self._remove(source)
+            self._end(mine)
+            return None, (0, 0)
+        other = self._at.get(target)
+        if other is None:
+            self._vacate(target)
+        replaced = self._look(target)
+        if flags & RENAME_NOREPLACE and (other is not None or replaced is not None):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target[1])
+        lost = (0, 0)
+        if other is not None:
+            lost = self._remove(other.source)
+            self._end(other)
+        elif replaced is not None:
+            lost = replaced[0], replaced[1].nlink  # `_left` takes off what is lost by this one
+        if mine is not None:
+            self._remove(source)
+        if replaced is None or (other is not None and replaced[0] == ino):
+            if replaced is None:
+                self._store.rename(*begin, *target, flags)
+            else:  # another name of the same file, which stays
+                self._remove(begin)
+            if mine is not None:
+                self._end(mine)
+            return None, lost
+        move = Move(ino, begin, target, replaced[0])
+        self._begin(move)
+        return move, lost
