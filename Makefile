@@ -32,6 +32,7 @@ test: setup $(VENV)/guest/.done $(VENV)/azurite/.done
 torture: setup $(VENV)/machine/.done
 	$(PY) -m pytest --timeout 3600 torture
 	$(PY) -m tests.simulation 0 10000
+	WBFUSE_NAMES=5000 $(PY) -m pytest --timeout 3600 tests/test_renames.py
 	WBFUSE_FUZZ=5000 $(PY) -m pytest --timeout 3600 tests/test_fuzz.py
 	WBFUSE_KILLS=200 $(PY) -m pytest --timeout 3600 tests/test_keeper.py tests/test_disk_log.py tests/test_failing_stores.py
 	WBFUSE_FSX_OPERATIONS=200000 $(PY) -m pytest --timeout 3600 tests/test_exerciser.py

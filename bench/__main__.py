@@ -120,6 +120,20 @@ def bench_processor(root: Path, rounds: int) -> None:
         )
 
 
+def bench_keeper(root: Path, rounds: int) -> None:
+    with Field(root / "keeper") as field:
+        peers = [field.wbfuse("kept", "--policy", "writethrough", "--on-close", "background"), field.alone("alone")]
+        both: dict[str, list[tuple[float, float]]] = {p.name: [] for p in peers}
+        for _ in range(rounds):
+            for peer in peers:
+                both[peer.name].append(work.processor_per_write(peer, 30_000))
+        for i, what in enumerate(("processor", "wall")):
+            found = {name: statistics.median(values[i] for values in pairs) for name, pairs in both.items()}
+            against = found["kept"] / found["alone"]
+            row(f"{what} time a 4 KiB WRITE, with keeper and RESEND against without", against, "<=", 1.05,
+                show(found, "us"))  # fmt: skip
+
+
 def bench_getattr(root: Path, rounds: int) -> None:
     with Field(root / "getattr") as field:
         found = _waits(field.wbfuse("wbfuse", "--log-size", "512MiB", "--on-close", "background"), rounds)
@@ -224,7 +238,7 @@ def _fresh(path: Path) -> Path:
 BENCHES = {
     "copy": bench_copy, "small-writes": bench_small_writes, "read": bench_read, "small-files": bench_small_files,
     "processor": bench_processor, "getattr": bench_getattr, "slow-store": bench_slow_store,
-    "disk-log": bench_disk_log, "deaths": bench_deaths,
+    "keeper": bench_keeper, "disk-log": bench_disk_log, "deaths": bench_deaths,
     "clone": bench_clone, "metadata": bench_metadata, "far-random": bench_far_random, "far": bench_far,
 }  # fmt: skip
 

@@ -140,6 +140,12 @@ class Field:
         ]
         return self._stack.enter_context(foreground(name, words, source, path))
 
+    def alone(self, name: str) -> Peer:
+        """wbfuse in write-through without its keeper."""
+        source, path = self._place(name)
+        words = [sys.executable, "-m", "bench.alone", str(source), str(path)]
+        return self._stack.enter_context(foreground(name, words, source, path))
+
     def pyfuse3(self, name: str) -> Peer | None:
         words = passthroughfs()
         if words is None:
