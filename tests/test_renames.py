@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -403,18 +404,70 @@ def test_names_of_files_on_their_way_are_free_for_others(mounter: Mounter) -> No
 
 
 @needs_mount
-def test_a_log_on_disk_has_renames_too(mounter: Mounter, workdir: Path) -> None:
+def test_with_a_log_on_disk_both_files_are_whole_after_a_kill(mounter: Mounter, workdir: Path) -> None:
     log = ("--log", str(workdir / "log"), "--fsync", "log")
     m = mounter(*SLOW, *log)
+    (m.path / "file").write_bytes(b"the old one")
+    wbfuse("sync", str(m.path), check=True)
     data = os.urandom(4 << 20)
-    replace(m.path, data)
-    home = os.open(m.path, os.O_RDONLY)
-    os.fsync(home)
-    os.close(home)
-    assert (m.source / "file").read_bytes() == b"the old one"
+    with open(m.path / "new", "wb") as f:
+        f.write(data)
+        os.fsync(f.fileno())
+    os.rename(m.path / "new", m.path / "file")
     down(m)
     again = mounter(*log, source=m.source)
-    assert (again.path / "file").read_bytes() == data
-    again.umount()
-    assert names(m.source) == {"file"}
-    assert (m.source / "file").read_bytes() == data
+    assert (again.path / "file").read_bytes() == b"the old one"
+    assert (again.path / "new").read_bytes() == data
+
+
+@needs_mount
+@pytest.mark.parametrize("kind", ["directory", "volume"])
+def test_fsync_of_the_directory_waits_for_what_the_kernel_holds(mounter: Mounter, volume: str, kind: str) -> None:
+    m = mounter("--on-close", "background", source=volume if kind == "volume" else None)
+    (m.path / "file").write_bytes(b"the old one")
+    wbfuse("sync", str(m.path), check=True)
+    with open(m.path / "new", "wb", buffering=0) as f:
+        f.write(b"n" * 300_000)
+        os.rename(m.path / "new", m.path / "file")
+        home = os.open(m.path, os.O_RDONLY)
+        os.fsync(home)
+        os.close(home)
+        down(m)
+    again = mounter(source=m.source)
+    assert (again.path / "file").read_bytes() == b"n" * 300_000
+    assert names(again.path) == {"file"}
+
+
+@needs_mount
+def test_writes_to_a_replaced_file_do_not_change_what_has_its_name_in_the_store(mounter: Mounter) -> None:
+    m = mounter(*SLOW)
+    (m.path / "file").write_bytes(b"the old one")
+    with open(m.path / "file", "r+b", buffering=0) as f:
+        replace(m.path, os.urandom(3 << 20))
+        f.truncate(3)
+        os.fsync(f.fileno())
+        assert (m.source / "file").stat().st_size == 3 << 20, "its fsync came after the rename"
+        f.write(b"mine")
+        assert os.pread(f.fileno(), 10, 0) == b"mine"
+
+
+@needs_mount
+def test_a_store_that_refuses_the_name_gets_the_data_once(mounter: Mounter) -> None:
+    m = mounter("--on-close", "background")
+    (m.path / "file").write_bytes(b"the old one")
+    wbfuse("sync", str(m.path), check=True)
+    if subprocess.run(["chattr", "+i", m.source / "file"], stderr=subprocess.DEVNULL, check=False).returncode:
+        pytest.skip("files cannot be made immutable here")
+    try:
+        with open(m.path / "new", "wb") as f:
+            f.write(b"n" * 300_000)
+        before = m.status()["store"]["bytes_written"]
+        os.rename(m.path / "new", m.path / "file")
+        for _ in range(2):
+            assert wbfuse("sync", str(m.path)).returncode == 1
+        assert m.status()["store"]["bytes_written"] - before <= 300_000
+        assert m.status()["renames"] == 1
+    finally:
+        subprocess.run(["chattr", "-i", m.source / "file"], check=True)
+    m.umount()
+    assert (m.source / "file").read_bytes() == b"n" * 300_000

@@ -16,7 +16,6 @@ from wbfuse.writeback.disk.directory import MANIFEST, Directory
 from wbfuse.writeback.disk.load import Loaded, load
 from wbfuse.writeback.disk.writer import DiskLog, chunks_of
 from wbfuse.writeback.log import Geometry, LogError
-from wbfuse.writeback.renames import nodes_of
 
 if TYPE_CHECKING:
     from wbfuse.control.mount import Spec
@@ -137,6 +136,6 @@ def adapt(table: dict[int, bytes], spec: Spec) -> None:
     if not spec.is_volume:
         fd = os.open(spec.source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            nodes.rebase(table, syscalls.statx(fd)[1][0], nodes_of(table))
+            nodes.rebase(table, syscalls.statx(fd)[1][0])
         finally:
             os.close(fd)

@@ -79,6 +79,10 @@ class CachedFileSystem(StoreFileSystem):
         self.renames = renames
         renames.waits = self._may_be_behind
         renames.settle = self._settle
+        renames.on_released = cache.let_go_on
+        self._following = threading.Lock()
+        """Held by who sees to renames that wait; the cache's lock is inside it."""
+        cache.held_back = renames.is_replaced
         self.cache = cache
         self.engine = engine
         self.kernel_writeback = kernel_writeback
@@ -102,7 +106,7 @@ class CachedFileSystem(StoreFileSystem):
         self.cache.can_resend = bool(agreement.capabilities & Cap.HAS_RESEND)
         self.engine.on_room = self._ask_again
         self.engine.start()
-        self.renames.on_deferred = self._follow
+        self.renames.on_deferred = self._deferred
         self.follow_renames()
 
     def take_over(self) -> None:
@@ -151,6 +155,12 @@ class CachedFileSystem(StoreFileSystem):
         with self.cache.lock:
             return bool(f.opens or f.core.generations or f.busy) or not self._durable_commits
 
+    def _deferred(self, move: Move) -> None:
+        try:
+            self.follow_renames()
+        except OSError as e:  # it is taken; the next one, or the next sync, sees to it as well
+            log.warning("a rename of node %d waits: %s", move.ino, e.strerror)
+
     def _follow(self, move: Move) -> None:
         """Have a rename carried out once everything that was written to its source so far is durable."""
         sequel = Sequel(partial(self._carry_out, move), partial(self.renames.give_up, move))
@@ -165,31 +175,32 @@ class CachedFileSystem(StoreFileSystem):
 
     def follow_renames(self) -> None:
         """See to all that wait, also of a server before this one."""
-        for move in self.renames.pending:
-            if not move.followed:
-                self._follow(move)
+        with self._following:
+            for move in self.renames.pending:
+                if not move.followed:
+                    self._follow(move)
 
     def _carry_out(self, move: Move) -> None:
         self._lost(*self.renames.carry_out(move))
 
-    def _settle(self, move: Move) -> None:
-        with self.cache.lock:
-            f = self.cache.files.get(move.ino)
-            sequel = None if f is None else f.sequel
-        if f is not None and sequel is not None:
+    def _handed_over(self, f: File) -> None:
+        """The kernel holds nothing of the file that was written before this request."""
+        sequel = f.sequel
+        if sequel is not None:
             self.cache.let_follow(f, sequel)
+
+    def _settle(self, move: Move) -> None:
+        self.pull(move.ino)
+        f = self.cache.files.get(move.ino)
+        if f is not None:
+            self._handed_over(f)
         self._commit_now(move.ino)
         self._carry_out(move)
 
     def fsyncdir(self, request: Request, fh: int, datasync: bool) -> Parked | None:
-        """Renames that wait come first; with `fsync_by_log` it is enough that the log on disk has them."""
-        moves = self.renames.inside(request.nodeid)
-        disk = self.cache.disk
-        if moves and self.fsync_by_log and disk is not None and not disk.broken:
-            disk.wait()
-        elif moves:
-            for move in moves:
-                self._settle(move)
+        """Renames that wait come first: the log on disk has none of them, so the store must."""
+        for move in self.renames.inside(request.nodeid):
+            self._settle(move)
         return super().fsyncdir(request, fh, datasync)
 
     # attributes
@@ -563,6 +574,7 @@ class CachedFileSystem(StoreFileSystem):
             return None
         f = handle.file
         by_log = self._by_log(request, f)
+        self._handed_over(f)
         self._report(handle, f)
         if self._durable_commits and not f.core.generations and not f.busy:
             return None  # nothing was written, or all of it is committed, and so durable
@@ -577,6 +589,7 @@ class CachedFileSystem(StoreFileSystem):
                 raise WouldBlock
             return super().fsync(request, fh, datasync)
         by_log = self._by_log(request, f)
+        self._handed_over(f)
         if handle is not None:
             self._report(handle, f)
         self._when_durable(request, f, handle, None, by_log)
@@ -657,6 +670,8 @@ class CachedFileSystem(StoreFileSystem):
 
         A store that clones gets what is dirty first: that moves each byte once, the kernel's way twice.
         """
+        if self.cache.held_back(nodeid_out):
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         if self.store.capabilities.clones:
             for ino in (request.nodeid, nodeid_out):
                 self._commit_now(ino)

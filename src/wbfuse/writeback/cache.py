@@ -97,6 +97,8 @@ class WritebackCache:
         self.last_error = ""
         self.taken: dict[int, int] = {}
         """unique -> length of WRITEs that a server before this one took, and perhaps did not answer."""
+        self.held_back: Callable[[int], bool] = lambda _ino: False
+        """Whether nothing of a file should be committed for now; `let_go_on` ends that."""
         self.disk: DiskLog | None = None
         """The log on disk, where there is one."""
         self.can_resend = False
@@ -507,6 +509,17 @@ class WritebackCache:
             self.urgent[f.ino] = f
             self.work.notify()
 
+    def is_held_back(self, f: File) -> bool:
+        """Held: lock. Not where the log needs the room: writers would wait for what may wait for them."""
+        return self.log.occupied < self.limits.freerun and self.held_back(f.ino)
+
+    def let_go_on(self, ino: int) -> None:
+        """A file is not held back any more."""
+        with self.lock:
+            f = self.files.get(ino)
+            if f is not None and not f.busy:
+                self.requeue(f)
+
     def follow(self, ino: int, attr: Attr, sequel: Sequel) -> File:
         """`sequel` is to follow what is accepted of a file until `let_follow`; it takes the place of one before it."""
         with self.lock:
@@ -556,10 +569,11 @@ class WritebackCache:
                 with self.lock:
                     left = [g for g in goals if self.files.get(g.file.ino) is g.file and g.pending]
                     failed = [g for g in left if g.file.error_sequence > g.error_sequence]
+                    stuck = [g for g in left if g in failed or self.is_held_back(g.file)]
                     if not left:
                         versions = {f: f.version for f in self.files.values()}
                         break
-                    if len(failed) == len(left) or give_up():
+                    if (failed and len(stuck) == len(left)) or give_up():
                         return [(g.file.ino, g.file.error) for g in left]
                     pending = sum(g.file.core.dirty_bytes for g in left)
                     self.room.wait(0.2)
@@ -583,7 +597,7 @@ class WritebackCache:
         """
         with self.lock:
             files = [self.files.get(source), self.files.get(target)]
-            if any(f is not None and (f.core.generations or f.busy) for f in files):
+            if self.held_back(target) or any(f is not None and (f.core.generations or f.busy) for f in files):
                 raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
             f = files[1]
             if f is not None:

@@ -30,6 +30,8 @@ class Sequel:
     """Called instead where the file can never be committed."""
     generation: int | None = None
     """None: not known yet."""
+    error: int = 0
+    """What it met last, until that is told."""
 
     def ready(self, f: File, committed: int) -> bool:
         """Held: lock. Whether its time has come; `committed` is the generation in flight that the store has taken."""

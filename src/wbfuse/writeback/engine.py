@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from wbfuse.store.contract import FencedError, Piece, Round
 from wbfuse.writeback.cache import WritebackCache
-from wbfuse.writeback.cached_file import File
+from wbfuse.writeback.cached_file import File, Sequel
 from wbfuse.writeback.file import Generation, plan
 from wbfuse.writeback.records import Record
 
@@ -146,7 +146,8 @@ class Engine:
                 cache.dirty.setdefault(ino, failed)
                 cache.dirty.move_to_end(ino, last=False)
                 cache.full[ino] = failed
-        f = next((f for f in cache.urgent.values() if f.retry_at <= now and not _staging(f)), None) or self._oldest(now)
+        urgent = (f for f in cache.urgent.values() if f.retry_at <= now and not self._held_up(f))
+        f = next(urgent, None) or self._oldest(now)
         if f is not None:
             self._take(f)
         return f
@@ -168,7 +169,7 @@ class Engine:
         for f in [*cache.urgent.values(), *cache.full.values(), *aged]:
             if room <= 0 or len(found) >= _COMPANY:
                 break
-            if not f.core.generations or f.failures or f in found or _staging(f):
+            if not f.core.generations or f.failures or f in found or self._held_up(f):
                 continue
             size = f.core.generations[0].extents.bytes
             if size <= room:
@@ -210,8 +211,12 @@ class Engine:
                 break
         return min((f for f in found if self._may_start(f)), key=_born, default=None)
 
+    def _held_up(self, f: File) -> bool:
+        """Whether its oldest generation is on its way to the store, or the store must not change it now."""
+        return _staging(f) or (bool(f.core.generations) and self.cache.is_held_back(f))
+
     def _may_start(self, f: File) -> bool:
-        if _staging(f):
+        if self._held_up(f):
             return False
         return self._heavy < self._most_heavy or f.core.generations[0].extents.bytes < _HEAVY or _staged(f)
 
@@ -428,13 +433,16 @@ class Engine:
             sequel = f.sequel if f.sequel is not None and f.sequel.ready(f, committed) else None
         try:
             self.cache.store.sync(f.ino)
-            if sequel is not None:
-                sequel.act()
         except OSError as e:
             return e.errno or errno.EIO
+        if sequel is not None:
+            try:
+                sequel.act()
+            except OSError as e:  # what is durable stays so
+                sequel.error = e.errno or errno.EIO
         with self.cache.lock:
             f.synced = max(f.synced, version)
-            if f.sequel is sequel:
+            if sequel is not None and not sequel.error and f.sequel is sequel:
                 f.sequel = None
         return 0
 
@@ -475,6 +483,8 @@ class Engine:
             if error:
                 answers += self._failed(f, error)
                 fenced = f.fenced and not any(g.staging for g in f.core.generations)
+            elif f.sequel is not None and f.sequel.error:
+                answers += self._sequel_failed(f, f.sequel)
             else:
                 f.failures = 0
                 if f.synced == f.version:  # else somebody began to wait during the commit: a sync of its own follows
@@ -547,6 +557,14 @@ class Engine:
             sequel.give_up()
         for w in waiters:
             w.done(errno.EIO)
+
+    def _sequel_failed(self, f: File, sequel: Sequel) -> list[Callable[[], None]]:
+        """Held: lock. The data is durable, and what was to follow is tried again later."""
+        error, sequel.error = sequel.error, 0
+        answers = self._failed(f, error)
+        self.cache.failing.pop(f.ino, None)
+        self.cache.requeue(f)
+        return answers
 
     def _failed(self, f: File, error: int) -> list[Callable[[], None]]:
         """Held: lock. Keep the data, note the error, try again later. Answers the replies to send."""

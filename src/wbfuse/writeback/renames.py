@@ -65,6 +65,8 @@ class Move:
     aside: bytes = b""
     """The name in the target's directory under which the store may have it instead."""
     held: list[int] = field(default_factory=list)
+    number: int = 0
+    """The inode number of the source that applications see in listings."""
     followed: bool = False
     """Somebody sees to it that it is carried out."""
 
@@ -78,12 +80,6 @@ class Move:
         parent, newparent, victim, n, m, _ = _ENTRY.unpack_from(value)
         names = value[_ENTRY.size :]
         return cls(ino, (parent, names[:n]), (newparent, names[n : n + m]), victim, names[n + m :])
-
-
-def nodes_of(table: dict[int, bytes]) -> set[int]:
-    """The inos that the renames in a journal's table, by tag, need."""
-    moves = [Move.decode(tag >> 8, value) for tag, value in table.items() if tag & 0xFF == Kind.RENAME]
-    return {ino for move in moves for ino in (move.ino, move.source[0], move.target[0])}
 
 
 class DeferredRenames:
@@ -102,6 +98,8 @@ class DeferredRenames:
         self._inherited = [Move.decode(ino, value) for ino, value in journal.inherited(Kind.RENAME).items()]
         self.waits: Callable[[int], bool] = lambda _ino: False
         """Whether data of a regular file may not be durable in the store."""
+        self.on_released: Callable[[int], None] = lambda _ino: None
+        """Called when a file is not being replaced any more."""
         self.on_deferred: Callable[[Move], None] = lambda _move: None
         """Called when a rename has been taken; it is to be carried out once the data of its source is durable."""
         self.settle: Callable[[Move], object] = self.carry_out
@@ -119,6 +117,13 @@ class DeferredRenames:
     def pending(self) -> list[Move]:
         """Those that the store has not."""
         return list(self._moves.values())
+
+    def is_replaced(self, ino: int) -> bool:
+        """Whether the store has the file under a name that is another's for applications: it should not change then.
+
+        One that waits for a name itself does not wait for this as well: two could wait for each other.
+        """
+        return ino in self._victims and ino not in self._moves
 
     def inside(self, directory: int) -> list[Move]:
         """Those that come from or go to a directory."""
@@ -159,8 +164,9 @@ class DeferredRenames:
         """Whether the store still has the source where it waits, now in `move.source`."""
         beside = (move.target[0], move.aside)
         for place in ([beside] if move.aside else []) + [move.source]:
-            if self._ino_at(place) == move.ino:
-                move.source = place
+            found = self._look(place)
+            if found is not None and found[0] == move.ino:
+                move.source, move.number = place, found[1].ino
                 return True
         return False
 
@@ -208,6 +214,7 @@ class DeferredRenames:
         self._victims[move.victim] -= 1
         if not self._victims[move.victim]:
             del self._victims[move.victim]
+            self.on_released(move.victim)
         self._release(move.held)
 
     def _hold(self, move: Move) -> None:
@@ -279,8 +286,6 @@ class DeferredRenames:
                     self._end(move)
 
     def readdir(self, ino: int, offset: int) -> Iterator[Dirent]:
-        if not self._moves:
-            return self._store.readdir(ino, offset)
         # As they are now: what is carried out during the listing is hidden, or shown, to its end.
         hidden = {name for parent, name in list(self._hidden) if parent == ino}
         moved = {name: move for (parent, name), move in list(self._at.items()) if parent == ino}
@@ -294,7 +299,7 @@ class DeferredRenames:
                 continue
             move = moved.get(entry.name)
             if move is not None:
-                entry.ino, entry.type = move.ino, stat.S_IFREG >> 12
+                entry.ino, entry.type = move.number, stat.S_IFREG >> 12
             yield entry
 
     def getattr(self, ino: int, nowait: bool = False) -> Attr:
@@ -322,7 +327,11 @@ class DeferredRenames:
             self._journal.put(Kind.RENAME, move.ino, move.encode())  # first: the next server looks for it there too
         beside = (move.target[0], move.aside)
         self._hidden[beside] = move
-        self._store.rename(*move.source, *beside, RENAME_NOREPLACE)
+        try:
+            self._store.rename(*move.source, *beside, RENAME_NOREPLACE)
+        except OSError:
+            del self._hidden[beside]
+            raise
         del self._hidden[move.source]
         before, move.source = move.source, beside
         self._journal.put(Kind.RENAME, move.ino, move.encode())  # the directory that it came from may go now
@@ -334,7 +343,7 @@ class DeferredRenames:
     def _empty(self, directory: int) -> None:
         """A directory that is empty for applications is to be so in the store."""
         with self._lock:
-            for move in [move for move in self.pending if move.source[0] == directory]:
+            for move in [move for move in self.pending if move.source[0] == directory and move.source[1] != move.aside]:
                 self._step_aside(move)
 
     def create(self, parent: int, name: bytes, mode: int, owner: Owner) -> Found:
@@ -416,12 +425,14 @@ class DeferredRenames:
         if not involved and not (self.waits(found[0]) and self._look(target) is not None):
             return self._left(self._store.rename(*source, *target, flags))
         with self._lock:
-            deferred, lost = self._rename_file(found[0], source, target, flags)
+            deferred, lost = self._rename_file(found[0], found[1].ino, source, target, flags)
         if deferred is not None:
             self.on_deferred(deferred)
         return self._left(lost)
 
-    def _rename_file(self, ino: int, source: Place, target: Place, flags: int) -> tuple[Move | None, tuple[int, int]]:
+    def _rename_file(
+        self, ino: int, number: int, source: Place, target: Place, flags: int
+    ) -> tuple[Move | None, tuple[int, int]]:
         """Held: lock. Answers what was deferred, if it was, and the name that is lost."""
         mine = self._at.get(source)
         """The source is the target of one that waits."""
@@ -453,6 +464,6 @@ class DeferredRenames:
             if mine is not None:
                 self._end(mine)
             return None, lost
-        move = Move(ino, begin, target, replaced[0])
+        move = Move(ino, begin, target, replaced[0], number=number)
         self._begin(move)
         return move, lost

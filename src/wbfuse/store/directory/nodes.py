@@ -14,7 +14,7 @@ Lock: the store's `_table` guards all of it, for an instant at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from struct import Struct
 from struct import error as struct_error
@@ -86,14 +86,14 @@ def _unpack(ino: int, entry: bytes) -> Node:
     return node
 
 
-def rebase(table: dict[int, bytes], device: int, wanted: Iterable[int]) -> None:
+def rebase(table: dict[int, bytes], device: int) -> None:
     """A journal's table, by tag, for a new mount of the directory, which may be on another `device` after a reboot.
 
-    Of the nodes only `wanted`, those of dirty files, and their directories stay: the kernel knows none.
+    Of the nodes only those of dirty files and their directories stay: the kernel knows none.
     """
     nodes = {tag >> 8: unpack(tag >> 8, value) for tag, value in table.items() if tag & 0xFF == Kind.NODE}
     needed: set[int] = set()
-    waiting = list(wanted)
+    waiting: list[int] = []
     for tag in [tag for tag in table if tag & 0xFF == Kind.DIRTY]:
         ino = tag >> 8
         node = nodes.get(ino)

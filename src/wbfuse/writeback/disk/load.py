@@ -15,7 +15,7 @@ from wbfuse.writeback.disk.directory import Directory
 from wbfuse.writeback.disk.format import DamagedError, Frame, Image, Kind, read, whole_pages
 from wbfuse.writeback.log import Geometry, Log, LogError
 
-KEPT = (Entry.COUNTER, Entry.NODE, Entry.DIRTY, Entry.SESSION, Entry.LOG, Entry.ERROR, Entry.RENAME)
+KEPT = (Entry.COUNTER, Entry.NODE, Entry.DIRTY, Entry.SESSION, Entry.LOG, Entry.ERROR)
 """What a mount that is made anew needs to know; requests and handles ended with the kernel's side of the old one."""
 
 
