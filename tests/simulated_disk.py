@@ -73,14 +73,14 @@ class SimDirectory:
         self._manifest: dict[str, Any] | None = None
         self.gone = False
         """It was withdrawn, and no other has begun."""
-        self._files: list[SimChunk] = []
+        self.files: list[SimChunk] = []
         self._at: dict[tuple[int, int], SimChunk] = {}
         self._free: list[SimChunk] = []
 
     def _find(self) -> None:
         """As directory.Directory does for each worker."""
         found, heads = {}, {}
-        for file in self._files:
+        for file in self.files:
             header = Header.decode(bytes(file.cached[:PAGE]))
             if header is not None:
                 found[header.epoch, header.number] = file
@@ -88,7 +88,7 @@ class SimDirectory:
         epoch = self._manifest["epoch"] if self._manifest else 0
         head = heads.get(epoch, (0, 0))[1]
         self._at = {key: file for key, file in found.items() if key[0] == epoch and key[1] >= head}
-        self._free = [file for file in self._files if file not in self._at.values()]
+        self._free = [file for file in self.files if file not in self._at.values()]
         self._newest = max(heads, default=0)
 
     @property
@@ -119,8 +119,8 @@ class SimDirectory:
     def create(self, epoch: int, number: int, size: int) -> SimChunk:
         self._fault()
         if not self._free:
-            self._files.append(SimChunk(size, self._steps))
-            self._free.append(self._files[-1])
+            self.files.append(SimChunk(size, self._steps))
+            self._free.append(self.files[-1])
         assert (epoch, number) not in self._at
         file = self._at[epoch, number] = self._free.pop()
         self._steps()
@@ -137,5 +137,5 @@ class SimDirectory:
             yield memoryview(bytes(self._at[chunk].cached))
 
     def cut(self, rng: random.Random) -> None:
-        for file in self._files:
+        for file in self.files:
             file.cut(rng)

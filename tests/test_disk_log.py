@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import threading
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -545,11 +546,26 @@ def test_whatever_stands_in_a_chunk_the_reader_misreads_nothing(whole: bytes, da
     os.close(restore_log(after))
 
 
+def test_a_chunk_that_is_begun_again_gets_nothing_of_what_stood_there() -> None:
+    """A power cut took the header of the first attempt and left its frames, so the same epoch begins again."""
+    disk = SimDirectory(lambda: None, lambda: None)
+    batches = []
+    for count in (12, 1):
+        made(disk, count)  # the same bytes, of which the second attempt has only the first
+        image = stream.read(disk.views(), 1, uuid.UUID(MANIFEST["uuid"]).bytes)
+        assert image is not None
+        batches.append(image.batches)
+        disk.withdraw()
+        (chunk,) = disk.files
+        chunk.cached[: stream.PAGE] = bytes(stream.PAGE)
+    assert batches == [5, 1]
+
+
 @settings(max_examples=200, deadline=None)
 @given(raw=st.binary(max_size=300), body=st.binary(max_size=200), first=st.integers(0, 1 << 32 - 1))
 def test_frames_that_are_whole_and_make_no_sense_are_refused(raw: bytes, body: bytes, first: int) -> None:
     """Somebody made them, with right checksums."""
-    header = stream.Header(1, 1, 1, 0, 4 << 20, 1 << 18, bytes(16))
+    header = stream.Header(1, 1, 1, 0, 4 << 20, 1 << 18, bytes(16), 0)
     parts = [
         *stream.frame(header.seed, stream.Kind.JOURNAL, [raw]),
         *stream.frame(header.seed, stream.Kind.SLOTS, [body], len(raw) % 9, 1, first % 9000, len(body) % 5),

@@ -3,7 +3,7 @@
     chunk:  | header, one page | frame | frame | ... | zeros |
     frame:  | check | length of the body | kind | segment | life | first | count |  body, padded to 8 bytes
 
-A frame counts only if its checksum is right, which also covers where it stands (epoch, chunk); what counts of a stream
+A frame counts only if its checksum is right, which also covers the header that it stands behind; what counts of a stream
 are the batches up to the last COMMIT before the first frame that is not whole. Within a batch the order of frames says
 nothing but for the journal's. All numbers little-endian.
 """
@@ -21,15 +21,14 @@ from wbfuse import journal
 from wbfuse.writeback import records
 
 PAGE = 4096
-VERSION = 1
+VERSION = 2
 _MAGIC = b"wbfuselg"
-_HEADER = Struct("<8sIIQQQQQQ16s")
+_HEADER = Struct("<8sIIQQQQQQ16sQ")
 _FRAME = Struct("<QIIQII")
 _CHECK = Struct("<Q")
 FRAME = _CHECK.size + _FRAME.size
 """Bytes of a frame's head."""
 _COMMIT = Struct("<QQ")
-_MASK = (1 << 64) - 1
 
 
 class DamagedError(Exception):
@@ -61,12 +60,14 @@ class Header:
     log_size: int
     max_write: int
     uuid: bytes
+    salt: int
+    """64 bits by chance. A chunk of an epoch may be begun twice, where a power cut took the first header and left frames."""
 
     def encode(self) -> bytes:
         """One page."""
         body = _HEADER.pack(
             _MAGIC, VERSION, 0, self.epoch, self.number, self.head, self.previous_end, self.log_size, self.max_write,
-            self.uuid,
+            self.uuid, self.salt,
         )  # fmt: skip
         return (body + _CHECK.pack(xxhash.xxh3_64_intdigest(body))).ljust(PAGE, b"\0")
 
@@ -76,18 +77,18 @@ class Header:
         if len(raw) < _HEADER.size + _CHECK.size:
             return None
         body = bytes(raw[: _HEADER.size])
-        magic, version, _, epoch, number, head, previous_end, size, max_write, uuid = _HEADER.unpack(body)
+        magic, version, _, epoch, number, head, previous_end, size, max_write, uuid, salt = _HEADER.unpack(body)
         (check,) = _CHECK.unpack_from(raw, _HEADER.size)
         if magic != _MAGIC or check != xxhash.xxh3_64_intdigest(body):
             return None
         if version > VERSION:
             raise DamagedError(f"made by a newer wbfuse (log version {version}, this one knows {VERSION}); update it")
-        return cls(epoch, number, head, previous_end, size, max_write, uuid)
+        return cls(epoch, number, head, previous_end, size, max_write, uuid, salt)
 
     @property
     def seed(self) -> int:
-        """Of the checksums of its frames: none of another log or chunk is taken for one of this."""
-        return (int.from_bytes(self.uuid[:8], "little") ^ self.epoch << 32 ^ self.number) & _MASK
+        """Of the checksums of its frames: none that stood there before is taken for one of this."""
+        return xxhash.xxh3_64_intdigest(self.encode())
 
 
 def frame(

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import secrets
 import threading
 import time
 import uuid
@@ -482,7 +483,7 @@ class DiskLog:
         number = before.number + 1 if before else 1
         self._chunk = self._directory.create(self._epoch, number, self._chunk_size)
         head, end = (self._written[0].number, end) if before else (1, 0)
-        header = Header(self._epoch, number, head, end, *self._log.asked, self._uuid)
+        header = Header(self._epoch, number, head, end, *self._log.asked, self._uuid, secrets.randbits(64))
         self._chunk.write([header.encode()], 0)
         self._seed = header.seed
         self._at = self._out_at = PAGE
