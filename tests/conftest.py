@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,14 @@ class Mounted:
         found: dict[str, Any] = json.loads(wbfuse("status", "--json", str(self.path), check=True).stdout)
         return found
 
-    def kill(self) -> None:
-        """SIGKILL keeper and worker, so that nobody goes on; the log goes with them."""
+    def servers(self) -> tuple[int, int]:
+        """Keeper and worker."""
         state = self.status()
-        for pid in (state["keeper"]["pid"], state["worker"]["pid"]):
+        return state["keeper"]["pid"], state["worker"]["pid"]
+
+    def kill(self, servers: Iterable[int] = ()) -> None:
+        """SIGKILL keeper and worker, so that nobody goes on; the log goes with them."""
+        for pid in servers or self.servers():
             ended = os.pidfd_open(pid)
             os.kill(pid, signal.SIGKILL)
             select.select([ended], [], [])

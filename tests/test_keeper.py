@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -328,3 +328,48 @@ def test_a_worker_dies_though_the_kernel_was_asked_to_write_back(mounter: Mounte
         assert os.pread(f.fileno(), len(data), 0) == data
     m.umount()
     assert (m.source / "file").read_bytes() == data
+
+
+def notifying(server: int) -> list[int]:
+    """The processes of a server that write notifications, where they wait in the kernel."""
+    found = []
+    for task in Path(f"/proc/{server}/task").iterdir():
+        for pid in map(int, (task / "children").read_text().split()):
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if state == "D":
+                found.append(pid)
+    return found
+
+
+@needs_mount
+def test_nothing_hangs_where_everybody_dies_while_the_kernel_was_asked_to_write_back(mounter: Mounter) -> None:
+    """Who asked waits where no signal comes through, and holds the connection."""
+    m = mounter()
+    servers = m.servers()
+    fd = os.open(m.path / "file", os.O_RDWR | os.O_CREAT)
+    os.truncate(fd, 64 << 20)
+    pool = ThreadPoolExecutor(1)
+
+    def ask() -> Future[int]:
+        for at in range(0, 64 << 20, 8192):  # each page is a request of its own
+            os.pwrite(fd, b"dirty", at)
+        return pool.submit(os.lseek, fd, 0, os.SEEK_HOLE)
+
+    def waits(asked: Future[int]) -> list[int]:
+        wait_until(lambda: asked.done() or bool(notifying(servers[1])))
+        os.kill(servers[1], signal.SIGSTOP)
+        return notifying(servers[1])
+
+    while not (left := waits(asked := ask())):  # it was too quick
+        os.kill(servers[1], signal.SIGCONT)
+        asked.result(60)
+    ended = os.pidfd_open(left[0])
+    m.kill(servers)
+    assert isinstance(asked.exception(60), OSError)
+    assert select.select([ended], [], [], 60)[0]
+    os.close(ended)
+    pool.shutdown()
+    with pytest.raises(OSError, match="Input/output"):  # what could not be written
+        os.close(fd)
+    with pytest.raises(OSError, match="not connected"):
+        os.stat(m.path / "file")

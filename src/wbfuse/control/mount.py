@@ -121,6 +121,13 @@ def _die() -> None:
     os._exit(GIVEN_UP)
 
 
+def _pipe_without_reader() -> int:
+    """The end to write; whoever wants the other opens it through /proc."""
+    other, end = os.pipe2(os.O_CLOEXEC)
+    os.close(other)
+    return end
+
+
 class Mount:
     """A mount that is served by this process. Raises MountError, SourceError or LogError where it cannot be made.
 
@@ -163,12 +170,13 @@ class Mount:
             if kept:
                 self.fs.take_over()
             self._begin_log()
+            lifeline = kept.get("lifeline") or _pipe_without_reader()
             if agreed is not None:
                 self.path = spec.mountpoint
-                self.session = resume(self.fs, kept["fuse"], Agreement.decode(agreed), self._debug)
+                self.session = resume(self.fs, kept["fuse"], Agreement.decode(agreed), lifeline, self._debug)
             else:
                 options = [*spec.options, "default_permissions"] + (["ro"] if spec.read_only else [])
-                wanted = Options(fsname=spec.name, options=options, debug=self._debug, outlived=True)
+                wanted = Options(fsname=spec.name, options=options, debug=self._debug, lifeline=lifeline)
                 self.session, self.path = attach(self.fs, spec.mountpoint, wanted)
         except BaseException:
             if first:  # else the next worker goes on with it, and with its session
@@ -193,6 +201,8 @@ class Mount:
             if first:
                 detach(self.session, self.path)
             raise
+        if "lifeline" not in kept:
+            keep("lifeline", lifeline)
         if first:
             keep("fuse", self.session.fd)
             keep("journal", self.journal.fd)

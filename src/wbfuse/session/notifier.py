@@ -4,7 +4,8 @@ NOTIFY_INVAL_INODE on dirty pages waits in the kernel for their write-back, so t
 never send one, and what must be quick does not queue behind one: it is written at once, by who sends it.
 
 That wait cannot be killed: a server that dies in it is not gone before its WRITEs are answered, and until it is gone
-nobody answers them. So where another server is to follow, a process of its own writes.
+nobody answers them. So where another server is to follow, a process of its own writes. It holds the connection, so
+where nobody follows after all it ends the wait itself.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -26,10 +28,9 @@ _SCRIPT = Path(__file__).with_name("notify_process.py")
 class Notifier:
     """A queue and its thread. `send` gives a Future that ends once the kernel has taken (and acted on) the message."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, lifeline: int | None = None) -> None:
         self._fd = fd
-        self.outlived = False
-        """Another server follows where this one dies."""
+        self._lifeline = lifeline
         self._apart: _Apart | None = None
         self._queue: SimpleQueue[tuple[Sequence[bytes], Future[None]] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -64,23 +65,24 @@ class Notifier:
             thread.join()
 
     def _run(self) -> None:
+        write = self._write if self._lifeline is None else partial(self._write_apart, self._lifeline)
         while (item := self._queue.get()) is not None:
             message, future = item
-            _settle(future, self._write_apart if self.outlived else self._write, message)
+            _settle(future, write, message)
         if self._apart is not None:
             self._apart.close()
 
     def _write(self, message: Sequence[bytes]) -> None:
         os.writev(self._fd, message)
 
-    def _write_apart(self, message: Sequence[bytes]) -> None:
+    def _write_apart(self, lifeline: int, message: Sequence[bytes]) -> None:
         if self._apart is None:
-            self._apart = _Apart(self._fd)
+            self._apart = _Apart(self._fd, lifeline)
         try:
             self._apart.write(message)
         except ConnectionError:  # it was killed: what it did may be done twice
             self._apart.close()
-            self._apart = _Apart(self._fd)
+            self._apart = _Apart(self._fd, lifeline)
             self._apart.write(message)
 
 
@@ -96,14 +98,17 @@ def _settle(future: Future[None], write: Callable[[Sequence[bytes]], None], mess
 class _Apart:
     """The process that writes. Raises OSError where there is none to be had."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, lifeline: int) -> None:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            command = [sys.executable, "-I", "-S", str(_SCRIPT), str(fd), str(theirs.fileno())]
+        other_end = os.open(f"/proc/self/fd/{lifeline}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            given = [fd, theirs.fileno(), other_end]
+            command = [sys.executable, "-I", "-S", str(_SCRIPT), *map(str, given)]
             # A group of its own: Ctrl-C is for the keeper.
-            self._process = subprocess.Popen(
-                command, pass_fds=[fd, theirs.fileno()], stdin=subprocess.DEVNULL, process_group=0
-            )
+            self._process = subprocess.Popen(command, pass_fds=given, stdin=subprocess.DEVNULL, process_group=0)
+        finally:
+            theirs.close()
+            os.close(other_end)
 
     def write(self, message: Sequence[bytes]) -> None:
         """Raises OSError as the kernel answered, ConnectionError where the process has ended."""

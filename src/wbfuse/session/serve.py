@@ -25,8 +25,8 @@ class Options:
     options: list[str] = field(default_factory=list)
     debug: Callable[[str], None] | None = None
     """Called with one line for each request and reply."""
-    outlived: bool = False
-    """Another process keeps the connection, and a server will follow if this one dies."""
+    lifeline: int | None = None
+    """Where another process keeps the connection, and a server follows if this one dies: see Session."""
 
 
 def attach(fs: FileSystem, mountpoint: str, options: Options | None = None) -> tuple[Session, str]:
@@ -37,8 +37,7 @@ def attach(fs: FileSystem, mountpoint: str, options: Options | None = None) -> t
     options = options or Options()
     path = check_mountpoint(mountpoint)
     fd = mount(path, MountOptions(options.fsname, options.subtype, options.options))
-    session = Session(fd, fs, options.debug)
-    session.outlived = options.outlived
+    session = Session(fd, fs, options.debug, options.lifeline)
     session.start()
     session.ready.wait()
     if session.failure is not None:
@@ -47,10 +46,11 @@ def attach(fs: FileSystem, mountpoint: str, options: Options | None = None) -> t
     return session, path
 
 
-def resume(fs: FileSystem, fd: int, agreement: Agreement, debug: Callable[[str], None] | None = None) -> Session:
+def resume(
+    fs: FileSystem, fd: int, agreement: Agreement, lifeline: int, debug: Callable[[str], None] | None = None
+) -> Session:
     """Serve `fs` over the connection of a server that died, which had agreed on `agreement` with the kernel."""
-    session = Session(fd, fs, debug)
-    session.outlived = True
+    session = Session(fd, fs, debug, lifeline)
     session.start(agreement)
     return session
 

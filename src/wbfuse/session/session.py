@@ -86,12 +86,17 @@ class _Way:
 class Session:
     """Serve `fs` over the connection `fd` (owned from now on). `start`, then `wait`.
 
-    `debug` is called with one line a request and reply. Callers of `wait` get control back when the kernel has
-    ended the connection (unmount) and every handler has returned.
+    `debug` is called with one line a request and reply. `lifeline`, where another process keeps the connection: the end
+    to write of a pipe that it holds, and each server that follows; the other end hangs up when nobody is left.
+    Callers of `wait` get control back when the kernel has ended the connection (unmount) and every handler has
+    returned.
     """
 
-    def __init__(self, fd: int, fs: FileSystem, debug: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, fd: int, fs: FileSystem, debug: Callable[[str], None] | None = None, lifeline: int | None = None
+    ) -> None:
         self.fd = fd
+        self._lifeline = lifeline
         self._io = fd
         """Where requests are read and answered: the connection, or a clone of it."""
         self.fs = fs
@@ -110,7 +115,7 @@ class Session:
         self.ready = threading.Event()
         """Set when INIT is answered, or has failed, or the session has ended."""
         self.ended = threading.Event()
-        self.notifier = Notifier(fd)
+        self.notifier = Notifier(fd, lifeline)
         fs.notify = self.notifier.send
         self.pool = Pool(HELPERS, "helper")
         self._read_pool = Pool(HELPERS, "read-helper")
@@ -124,15 +129,6 @@ class Session:
         self._threads: list[threading.Thread] = []
         self._answers: deque[int] = deque(maxlen=1000)
         """Nanoseconds that the reader took for its last answers, READs and WRITEs apart."""
-
-    @property
-    def outlived(self) -> bool:
-        """Somebody keeps the connection when this process dies."""
-        return self.notifier.outlived
-
-    @outlived.setter
-    def outlived(self, value: bool) -> None:
-        self.notifier.outlived = value
 
     # life
 
@@ -376,7 +372,7 @@ class Session:
         """Read through a clone of the connection, where the kernel cannot send again what a dead server leaves
         unanswered (before Linux 6.9): it ends with an error then, when the clone is closed, instead of never.
         """
-        if not self.outlived or self.agreement is None or self.agreement.capabilities & Cap.HAS_RESEND:
+        if self._lifeline is None or self.agreement is None or self.agreement.capabilities & Cap.HAS_RESEND:
             return
         try:
             clone = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)

@@ -3,9 +3,9 @@
     chunk:  | header, one page | frame | frame | ... | zeros |
     frame:  | check | length of the body | kind | segment | life | first | count |  body, padded to 8 bytes
 
-A frame counts only if its checksum is right, which also covers the header that it stands behind; what counts of a stream
-are the batches up to the last COMMIT before the first frame that is not whole. Within a batch the order of frames says
-nothing but for the journal's. All numbers little-endian.
+A frame counts only if its checksum is right, which also covers the header that it stands behind; what counts of a
+stream are the batches up to the last COMMIT before the first frame that is not whole. Within a batch the order of
+frames says nothing but for the journal's. All numbers little-endian.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Header:
     max_write: int
     uuid: bytes
     salt: int
-    """64 bits by chance. A chunk of an epoch may be begun twice, where a power cut took the first header and left frames."""
+    """64 bits by chance. A chunk may be begun twice in an epoch: a power cut took the first header and left frames."""
 
     def encode(self) -> bytes:
         """One page."""
