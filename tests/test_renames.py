@@ -456,8 +456,9 @@ def test_a_store_that_refuses_the_name_gets_the_data_once(mounter: Mounter) -> N
     m = mounter("--on-close", "background")
     (m.path / "file").write_bytes(b"the old one")
     wbfuse("sync", str(m.path), check=True)
-    if subprocess.run(["chattr", "+i", m.source / "file"], stderr=subprocess.DEVNULL, check=False).returncode:
-        pytest.skip("files cannot be made immutable here")
+    if subprocess.run(["chattr", "+a", m.source], stderr=subprocess.DEVNULL, check=False).returncode:
+        pytest.skip("directories cannot be made append-only here")
+    replaced = os.open(m.path / "file", os.O_RDWR)
     try:
         with open(m.path / "new", "wb") as f:
             f.write(b"n" * 300_000)
@@ -467,7 +468,10 @@ def test_a_store_that_refuses_the_name_gets_the_data_once(mounter: Mounter) -> N
             assert wbfuse("sync", str(m.path)).returncode == 1
         assert m.status()["store"]["bytes_written"] - before <= 300_000
         assert m.status()["renames"] == 1
+        os.pwrite(replaced, b"and what is written to it", 0)
+        os.fsync(replaced)  # does not wait for what may never be
     finally:
-        subprocess.run(["chattr", "-i", m.source / "file"], check=True)
+        os.close(replaced)
+        subprocess.run(["chattr", "-a", m.source], check=True)
     m.umount()
     assert (m.source / "file").read_bytes() == b"n" * 300_000

@@ -33,7 +33,6 @@ import logging
 import os
 import stat
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from struct import Struct
@@ -49,6 +48,8 @@ log = logging.getLogger(__name__)
 Place = tuple[int, bytes]
 """A directory's ino, and a name in it."""
 _GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTDIR)
+_REFUSALS = (errno.EPERM, errno.EACCES, errno.EROFS, errno.EXDEV, errno.EDQUOT, errno.ENOSPC)
+"""Errors that tell of the names, not of a store that is away for a while."""
 _ENTRY = Struct("<QQQBBB")
 """Inos of the source's directory, the target's and the replaced file; lengths of the names."""
 
@@ -69,6 +70,8 @@ class Move:
     """The inode number of the source that applications see in listings."""
     followed: bool = False
     """Somebody sees to it that it is carried out."""
+    refused: bool = False
+    """The store would not have it, and may never: nothing else waits for it."""
 
     def encode(self) -> bytes:
         (parent, name), (newparent, newname) = self.source, self.target
@@ -94,12 +97,13 @@ class DeferredRenames:
         """By target."""
         self._hidden: dict[Place, Move] = {}
         """By source."""
-        self._victims: Counter[int] = Counter()
+        self._victims: dict[int, tuple[Move, ...]] = {}
+        """What each replaced file has lost names to."""
         self._inherited = [Move.decode(ino, value) for ino, value in journal.inherited(Kind.RENAME).items()]
         self.waits: Callable[[int], bool] = lambda _ino: False
         """Whether data of a regular file may not be durable in the store."""
         self.on_released: Callable[[int], None] = lambda _ino: None
-        """Called when a file is not being replaced any more."""
+        """Called when nothing of a file is held back any more (see `is_replaced`)."""
         self.on_deferred: Callable[[Move], None] = lambda _move: None
         """Called when a rename has been taken; it is to be carried out once the data of its source is durable."""
         self.settle: Callable[[Move], object] = self.carry_out
@@ -123,7 +127,7 @@ class DeferredRenames:
 
         One that waits for a name itself does not wait for this as well: two could wait for each other.
         """
-        return ino in self._victims and ino not in self._moves
+        return ino not in self._moves and not all(move.refused for move in self._victims.get(ino, ()))
 
     def inside(self, directory: int) -> list[Move]:
         """Those that come from or go to a directory."""
@@ -195,7 +199,7 @@ class DeferredRenames:
             self._release(move.held)
             raise
         self._moves[move.ino] = self._at[move.target] = self._hidden[move.source] = move
-        self._victims[move.victim] += 1
+        self._victims[move.victim] = (*self._victims.get(move.victim, ()), move)
         if before is not None:
             self._take_out(before)
 
@@ -211,9 +215,12 @@ class DeferredRenames:
         for table, place in ((self._at, move.target), (self._hidden, move.source)):
             if table.get(place) is move:
                 del table[place]
-        self._victims[move.victim] -= 1
-        if not self._victims[move.victim]:
+        left = tuple(m for m in self._victims[move.victim] if m is not move)
+        if left:
+            self._victims[move.victim] = left
+        else:
             del self._victims[move.victim]
+        if not self.is_replaced(move.victim):
             self.on_released(move.victim)
         self._release(move.held)
 
@@ -242,6 +249,9 @@ class DeferredRenames:
             try:
                 lost = self._store.rename(*move.source, *move.target, 0)
             except OSError as e:
+                if e.errno in _REFUSALS and not move.refused:
+                    move.refused = True
+                    self.on_released(move.victim)
                 if e.errno not in _GONE or self._ino_at(move.source) == move.ino:
                     raise
                 log.warning("node %d was moved away, so it does not become %r", move.ino, move.target[1])
@@ -257,9 +267,12 @@ class DeferredRenames:
 
     # names as they are shown
 
+    def _lost(self, ino: int) -> int:
+        """How many names the store has of a file that are another's by now."""
+        return len(self._victims.get(ino, ()))
+
     def _shown(self, found: Found) -> Found:
-        lost = self._victims.get(found[0])
-        if lost:
+        if lost := self._lost(found[0]):
             found[1].nlink = max(0, found[1].nlink - lost)
         return found
 
@@ -374,7 +387,7 @@ class DeferredRenames:
 
     def _left(self, lost: tuple[int, int]) -> tuple[int, int]:
         """What a removal answered, less the names that are lost already."""
-        return lost[0], lost[1] - self._victims.get(lost[0], 0)
+        return lost[0], lost[1] - self._lost(lost[0])
 
     def _remove(self, place: Place) -> tuple[int, int]:
         """A name goes from the store, where it is there: a server before this one may have removed it."""
