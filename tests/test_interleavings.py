@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import pytest
 
+from tests.test_promises import wait_until
 from wbfuse.filesystem.api import PARKED, Lent, Parked, Request, WouldBlock
 from wbfuse.filesystem.cached_fs import CachedFileSystem
 from wbfuse.journal import Journal
@@ -548,7 +549,7 @@ def test_a_fenced_file_is_set_aside_and_others_in_its_commit_are_not(source: Pat
             assert unique is not None
             assert stage.reply(unique)[1] == errno.EIO
         assert kept == [(lost, [b"precious"])]
-        with pytest.raises(OSError, match="another host"):
+        with pytest.raises(OSError, match="by the test"):
             stage.write(lost, lost_fh, 0, b"more")
         done = stage.fsync(fine, fine_fh)
         assert done is not None
@@ -556,4 +557,37 @@ def test_a_fenced_file_is_set_aside_and_others_in_its_commit_are_not(source: Pat
         assert stage.stored("fine") == b"good"
     finally:
         go_on.set()
+        stage.end()
+
+
+@pytest.mark.parametrize("error", [errno.EFBIG, errno.ESTALE])
+def test_what_fails_for_good_is_set_aside_after_some_tries_and_what_may_pass_is_not(source: Path, error: int) -> None:
+    stage = Stage(source, expire=3600)
+    kept: list[int] = []
+    tries: list[int] = []
+    full, full_fh = stage.create(b"full")
+    ino, fh = stage.create(b"f")
+
+    def commit(rounds: Any, _progress: object) -> None:
+        tries.append(rounds[0].ino)
+        raise OSError(errno.ENOSPC if rounds[0].ino == full else error, "by the test")
+
+    stage.store.before["commit"] = commit
+    stage.engine.keep = lambda ino, _size, _rounds: kept.append(ino)
+    try:
+        stage.start()
+        stage.write(full, full_fh, 0, b"may pass")
+        stage.write(ino, fh, 0, b"never")
+        for one, handle, number in ((full, full_fh, errno.ENOSPC), (ino, fh, error)):
+            waits = stage.fsync(one, handle)
+            assert waits is not None
+            assert stage.reply(waits)[1] == number
+        assert wait_until(lambda: bool(kept) and tries.count(full) >= 5)
+        assert kept == [ino]
+        assert tries.count(ino) == 5
+        assert wait_until(lambda: not stage.cache.files[ino].core.generations)
+        assert stage.cache.files[full].core.generations
+        with pytest.raises(OSError, match=os.strerror(error)):
+            stage.write(ino, fh, 0, b"more")
+    finally:
         stage.end()

@@ -23,7 +23,7 @@ from struct import Struct
 
 from wbfuse.journal import Journal
 from wbfuse.journal import Kind as Entry
-from wbfuse.store.contract import FencedError, Store
+from wbfuse.store.contract import Store
 from wbfuse.wire.types import Attr
 from wbfuse.writeback.cached_file import Done, File, Sequel, Waiter
 from wbfuse.writeback.disk.writer import DiskLog
@@ -293,8 +293,7 @@ class WritebackCache:
         n = len(data)
         if offset + n > self.max_file_size:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-        if f.fenced:
-            raise FencedError("another host writes this file now")
+        f.check()
         log_ = self.log
 
         def take(receive: Callable[[], int]) -> None:
@@ -358,8 +357,7 @@ class WritebackCache:
 
     def _change(self, f: File, change: Callable[[File], None], wait: bool) -> None:
         """Do `change`, which raises LogFull before it has changed anything, to the state of a file."""
-        if f.fenced:
-            raise FencedError("another host writes this file now")
+        f.check()
 
         def act() -> None:
             g = self._adopt(f.ino, f.attr)  # it may have been let go, also while this waited

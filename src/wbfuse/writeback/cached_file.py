@@ -44,7 +44,7 @@ class File:
     """What the cache holds of one file: the pure FileCache and what surrounds it."""
 
     __slots__ = (
-        "attr", "attr_version", "bare", "copying", "core", "error", "error_sequence", "failures", "fenced", "ino",
+        "attr", "attr_version", "bare", "copying", "core", "error", "error_sequence", "failures", "ino", "lost",
         "marked", "opens", "retry_at", "sequel", "synced", "syncing", "unlinked", "version", "waiters",
     )  # fmt: skip
 
@@ -75,8 +75,8 @@ class File:
         self.synced = 0
         """The version that the store has made durable."""
         self.unlinked = False
-        self.fenced = False
-        """Another host has it now: nothing more can be committed, and nothing more is taken."""
+        self.lost: OSError | None = None
+        """Why nothing more can be committed, and nothing more is taken: another host has it now, or it is too large."""
 
     def shown(self) -> Attr:
         """The attributes as stat must show them."""
@@ -94,6 +94,11 @@ class File:
             attr.nlink = 0
         self.attr = attr
         self.attr_version += 1
+
+    def check(self) -> None:
+        """Raises OSError where the file takes nothing more."""
+        if self.lost is not None:
+            raise OSError(self.lost.errno, self.lost.strerror)
 
     @property
     def waited_for(self) -> bool:

@@ -38,6 +38,9 @@ _CLEAN_EVERY = 0.1
 _LOOK_AGAIN = 1.0
 _LOST = (errno.ESTALE, errno.ENOENT, errno.EBUSY)
 """Of a file that was dirty when its server died: it is gone, or another host has taken it over."""
+_FOR_GOOD = (errno.EFBIG, errno.ESTALE, errno.ENOENT)
+"""Of a commit: the store has no file so large, or has this one no more. It may be tried so often:"""
+_TRIES = 5
 _HEAVY, _HEAVY_ROUNDS, _HEAVY_STAGED = 1 << 20, 2, 4
 """What a heavy round is, and how many go at once: more where their bytes are staged ahead."""
 _COMPANY = 512
@@ -66,7 +69,7 @@ class Engine:
         self.on_room: Callable[[], None] | None = None
         """Called, from the pacer, when WRITEs that found no room may be sent again."""
         self.keep: Callable[[int, int, list[list[Piece]]], None] | None = None
-        """Called, from a committer, with (ino, size, pieces of each generation) of a file that was fenced."""
+        """Called, from a committer, with (ino, size, pieces of each generation) of what can never be committed."""
         self.on_defect: Callable[[], None] | None = None
         """Called, from a committer, when it cannot go on: without it write-back would stop unseen."""
         self.sync_each = False
@@ -111,11 +114,12 @@ class Engine:
             except OSError as e:
                 log.warning("node %d: %d changes wait in the log: %s", ino, len(records), e.strerror)
                 if isinstance(e, FencedError) or e.errno in _LOST:
+                    why = e
                     break  # anything else may pass
             with cache.lock:
                 cache.room.wait(_LOOK_AGAIN)
         f = cache.replay(ino, None, records)
-        f.fenced = True
+        f.lost = why
         self._set_aside(f)
         with cache.lock:
             if not f.core.generations:
@@ -354,9 +358,8 @@ class Engine:
             self.cache.store.commit(rounds, self._progress)
         except FencedError as e:
             if len(rounds) == 1:
-                log.error("node %d can not be committed any more: %s", rounds[0].ino, e.strerror)
                 with self.cache.lock:
-                    self.cache.files[rounds[0].ino].fenced = True
+                    self._lose(self.cache.files[rounds[0].ino], e)
                 return {rounds[0].ino: errno.EIO}
         except OSError as e:
             if len(rounds) == 1 or e.errno in TRANSIENT:
@@ -468,7 +471,6 @@ class Engine:
         """The round of `g` (or, where None, a sync alone) has ended; it was the `last` of its commit."""
         cache = self.cache
         answers: list[Callable[[], None]] = []
-        fenced = False
         with cache.lock:
             self._at_work -= last
             self._carried.pop(f.ino, None)
@@ -482,7 +484,8 @@ class Engine:
                     self.rounds += 1
             if error:
                 answers += self._failed(f, error)
-                fenced = f.fenced and not any(g.staging for g in f.core.generations)
+                if g is not None and error in _FOR_GOOD and f.failures >= _TRIES:
+                    self._lose(f, OSError(error, os.strerror(error)))
             elif f.sequel is not None and f.sequel.error:
                 answers += self._sequel_failed(f, f.sequel)
             else:
@@ -496,9 +499,10 @@ class Engine:
             if f.unlinked and not f.opens:
                 answers += cache._discard(f)
             forget = cache._forgettable(f)
+            lost = f.lost is not None and bool(error) and not any(g.staging for g in f.core.generations)
             cache.room.notify_all()
             cache.paced.notify()
-        if fenced:
+        if lost:
             self._set_aside(f)
         for answer in answers:
             answer()
@@ -524,6 +528,12 @@ class Engine:
                     cache.log.unpin(pinned)
         return whole
 
+    def _lose(self, f: File, why: OSError) -> None:
+        """Held: lock. Nothing of the file can ever be committed; see `_set_aside`."""
+        if f.lost is None:
+            log.error("node %d can not be committed any more: %s", f.ino, why.strerror)
+            f.lost = why
+
     def _set_aside(self, f: File) -> None:
         """Put what can never be committed where it can be found again. While that fails the log keeps it."""
         cache = self.cache
@@ -540,7 +550,7 @@ class Engine:
             self.keep(f.ino, f.core.size, pieces)
             kept = True
         except Exception:  # whatever it is, the committer must live on
-            log.exception("node %d is fenced, and what it has could not be set aside; trying again", f.ino)
+            log.exception("node %d can not be committed, nor set aside for now; trying again", f.ino)
         with cache.lock:
             f.syncing = False
             if kept:
@@ -556,7 +566,7 @@ class Engine:
         if sequel is not None:
             sequel.give_up()
         for w in waiters:
-            w.done(errno.EIO)
+            w.done(errno.EIO if f.lost is None else f.lost.errno or errno.EIO)
 
     def _sequel_failed(self, f: File, sequel: Sequel) -> list[Callable[[], None]]:
         """Held: lock. The data is durable, and what was to follow is tried again later."""

@@ -1,4 +1,4 @@
-"""Where dirty data goes that can never be committed: this mount was fenced, and another host writes the file now.
+"""Where dirty data goes that can never be committed: another host writes the file now, or the store has it no more.
 
 A directory of entries, each a sparse file `data` with the bytes at their offsets and a `manifest.json` that says what
 they are. An entry is there whole or not at all: it is made under a temporary name and renamed after fsync.
