@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import random
 import shutil
 import signal
+import subprocess
 import threading
 import uuid
 from collections.abc import Callable
@@ -320,6 +322,49 @@ def test_what_was_fsynced_is_found_under_any_name(
     again.umount()
     assert (again.source / path.relative_to(again.path)).read_bytes() == data
     assert not (again.source / ".wbfuse").exists()
+
+
+@needs_mount
+def test_users_without_privilege_get_back_what_was_fsynced(workdir: Path, user: list[str]) -> None:
+    """Without file handles a name must be known to the log before the file has it."""
+    for name in ("s", "m"):
+        (workdir / name).mkdir()
+        os.chown(workdir / name, 65534, 65534)
+    os.chmod(workdir, 0o777)  # the log makes its directory itself
+    words = [*user, "mount", "s", "m", "--log", "log", "--fsync", "log", *SLOW]
+    script = """
+import hashlib, os, sys
+data = os.urandom(4 << 20)
+os.mkdir("m/d")
+with open("m/d/new", "wb") as f:
+    f.write(data)
+    f.flush()
+    os.fsync(f.fileno())
+os.rename("m/d/new", "m/d/file")
+os.rename("m/d", "m/e")
+print(hashlib.sha256(data).hexdigest())
+"""
+
+    def run(*command: str) -> str:
+        done = subprocess.run(command, cwd=workdir, text=True, capture_output=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run(*words)
+    m = Mounted(workdir / "s", workdir / "m")
+    try:
+        said = run(*user[: user.index("-m")], "-c", script).strip()
+        state = json.loads(run(*user, "status", "--json", "m"))
+        m.kill((state["keeper"]["pid"], state["worker"]["pid"]))
+        run(*user, "umount", "m")
+        assert hashlib.sha256((m.source / "e/file").read_bytes()).hexdigest() != said
+        run(*words)
+        run(*user, "umount", "m")
+    finally:
+        while mounted_here(m.path):
+            run("umount", "-l", str(m.path))
+    assert hashlib.sha256((m.source / "e/file").read_bytes()).hexdigest() == said
+    assert os.stat(m.source / "e/file").st_uid == 65534
 
 
 @needs_mount
