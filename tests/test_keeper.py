@@ -7,6 +7,7 @@ import json
 import os
 import random
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import pytest
 
 from tests.conftest import WBFUSE, Mounted, Mounter, mounted_here, needs_mount, wbfuse
 from tests.test_promises import wait_until
+from wbfuse import cli as package
 
 pytestmark = needs_mount
 KILLS = int(os.environ.get("WBFUSE_KILLS", "8"))
@@ -190,6 +192,34 @@ def test_a_worker_that_dies_too_often_ends_the_mount_and_its_log_is_kept(
     assert file.read_bytes() == b"kept"
     assert wbfuse("recover", entry.name, "--discard", input="y\n").returncode == 0
     assert not entry.exists()
+
+
+def test_another_version_misreads_nothing_and_the_right_one_goes_on(
+    mounter: Mounter, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update and its undoing, under a mount."""
+    installed = workdir / "lib/wbfuse"
+    shutil.copytree(Path(package.__file__).parent.parent, installed)
+    monkeypatch.setenv("PYTHONPATH", str(installed.parent))
+    journal = installed / "journal.py"
+    ours = journal.read_text()
+    assert "\nVERSION = 1\n" in ours
+    m = mounter("--on-close", "background", command=[sys.executable, "-m", "wbfuse", "mount"])
+    (m.path / "a").write_bytes(b"kept")
+    keeper = keeper_of(m)
+    journal.write_text(ours.replace("\nVERSION = 1\n", "\nVERSION = 99\n"))
+    words = [sys.executable, "-m", "wbfuse", "restart", str(m.path)]
+    refused = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert refused.returncode == 1
+    assert "unmount it, and mount it again" in refused.stderr
+    assert (m.path / "a").read_bytes() == b"kept"
+    kill_worker(m)
+    messages = Path(f"/proc/{keeper}/fd/2")
+    assert wait_until(lambda: "another version of wbfuse" in messages.read_text())
+    journal.write_text(ours)
+    assert (m.path / "a").read_bytes() == b"kept"
+    m.umount()
+    assert (m.source / "a").read_bytes() == b"kept"
 
 
 def test_a_store_that_is_away_when_the_next_worker_starts_is_waited_for(

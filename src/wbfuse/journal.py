@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterator
 from enum import IntEnum
 from struct import Struct
 
+VERSION = 1
+"""Of what entries and records of the log say; a server goes on with its own only. The log on disk has one as well."""
 WINDOW = 256 << 10
 SLACK = 2 * WINDOW
 """Dead bytes that are not worth the trouble."""
@@ -59,6 +61,8 @@ class Kind(IntEnum):
     """Size of the log and of its largest payload; key 0."""
     RENAME = 10
     """A rename that waits for the data of its source; the key is that file's ino."""
+    VERSION = 11
+    """Which `VERSION` of wbfuse's writes this one; key 0."""
 
 
 def pack(tag: int, value: bytes, flags: int = 0) -> bytes:

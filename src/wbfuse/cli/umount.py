@@ -15,6 +15,7 @@ import click
 from wbfuse.cli.units import show_size
 from wbfuse.control.client import EndedError, ask, persist, place_of
 from wbfuse.control.paths import ControlError, find_socket
+from wbfuse.journal import VERSION
 from wbfuse.session.mount import MountError, find_mount, unmount
 
 _LAST_BREATH = 10.0
@@ -119,7 +120,8 @@ def _on_wbfuse(path: str) -> bool:
 def restart(mountpoint: str) -> None:
     """Have MOUNTPOINT served by a new process, of the version that is installed now.
 
-    The mount stays, open files stay open, and nothing that was written is lost; applications notice a short pause.
+    The mount stays, open files stay open, and nothing that was written is lost; applications notice a short pause. A
+    version that cannot go on with what this one has open says so before anything happens.
     """
     path = place_of(mountpoint)
     socket = find_socket(path)
@@ -127,7 +129,7 @@ def restart(mountpoint: str) -> None:
         raise click.UsageError(f"{path}: no wbfuse mount is served here")
     try:
         with contextlib.suppress(EndedError):  # that is how it goes
-            for _ in _until_gone(ask(socket, "restart")):
+            for _ in _until_gone(ask(socket, "restart", version=VERSION)):
                 pass
         pid = next(ask(socket, "status"))["status"]["worker"]["pid"]  # waits for the next one
     except ControlError as e:

@@ -25,7 +25,7 @@ from wbfuse.control.keeper import GIVEN_UP, RESTART
 from wbfuse.control.server import ControlServer, Message
 from wbfuse.filesystem.cached_fs import CachedFileSystem
 from wbfuse.filesystem.store_fs import StoreFileSystem
-from wbfuse.journal import Journal, Kind
+from wbfuse.journal import VERSION, Journal, Kind
 from wbfuse.session.mount import MountError, find_mount, is_busy, max_pages_limit, tune_bdi, unmount
 from wbfuse.session.serve import Options, attach, detach, resume
 from wbfuse.store.contract import ROOT_INO, Piece, Store
@@ -159,6 +159,7 @@ class Mount:
             kept = kept | {"log": loaded.log, "journal": loaded.journal}
         self._kept = kept
         self.journal = Journal(kept.get("journal"))
+        self._check_version("journal" in kept and loaded is None)
         agreed = self.journal.inherited(Kind.AGREEMENT).get(0)
         self._store: Any = open_store(spec, self.journal, kept)
         store, self._meter = shaped(self._store, spec.shape)
@@ -213,6 +214,18 @@ class Mount:
                 keep("disk", self._log_dir.directory.fd)
             if not spec.is_volume:
                 keep("source", cast(Any, self._store).root_fd)
+
+    def _check_version(self, inherited: bool) -> None:
+        """What another version left is not to be misread. Raises LogError, upon which it is tried again later."""
+        if not inherited:
+            self.journal.put(Kind.VERSION, 0, bytes([VERSION]))
+            return
+        found = self.journal.inherited(Kind.VERSION).get(0, b"\0")[0]
+        if found != VERSION:
+            raise LogError(
+                f"{self.spec.mountpoint}: was served by another version of wbfuse ({found}, this is {VERSION});"
+                " install that one again, and unmount before the next update"
+            )
 
     @property
     def _debug(self) -> Callable[[str], None] | None:
@@ -516,8 +529,10 @@ class Mount:
             store.forget(home)
         yield {"done": True}
 
-    def _do_restart(self, _request: Message) -> Iterator[Message]:
+    def _do_restart(self, request: Message) -> Iterator[Message]:
         """End this process between two requests; the keeper starts the next. Meanwhile requests wait in the kernel."""
+        if request.get("version") != VERSION:
+            raise OSError("the installed version cannot go on with this mount: unmount it, and mount it again")
         if self.alone.is_set():
             raise OSError(errno.ECHILD, "the keeper is gone, so nobody would follow; unmount instead")
         yield {"pid": os.getpid()}

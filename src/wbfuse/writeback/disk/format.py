@@ -22,6 +22,7 @@ from wbfuse.writeback import records
 
 PAGE = 4096
 VERSION = 2
+"""Of the chunks, and of the entries of the journal in them."""
 _MAGIC = b"wbfuselg"
 _HEADER = Struct("<8sIIQQQQQQ16sQ")
 _FRAME = Struct("<QIIQII")
