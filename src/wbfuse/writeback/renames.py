@@ -435,6 +435,10 @@ class DeferredRenames:
                 self._empty(self._ino_at(target))
             return self._left(self._store.rename(*source, *target, flags))
         involved = moves or target in self._hidden
+        if not involved and not flags and found[1].nlink > 1 and self._ino_at(target) == found[0]:
+            # For applications something else was there, else the kernel would not ask, but a server before this one had
+            # removed it when it died. As rename(2) of two names of one file the store would do nothing.
+            return self._left(self._remove(source))
         if not involved and not (self.waits(found[0]) and self._look(target) is not None):
             return self._left(self._store.rename(*source, *target, flags))
         with self._lock:
