@@ -203,9 +203,9 @@ def dying(steps: Steps) -> Iterator[None]:
         stack.enter_context(patch.object(Journal, "_append", stepped(append)))
         stack.enter_context(patch("wbfuse.writeback.engine.log.warning"))
         stack.enter_context(patch("wbfuse.writeback.disk.writer.log.error"))
-        stack.enter_context(patch("wbfuse.writeback.disk.writer.chunks_of", lambda _g: (0, 128 << 10)))
-        stack.enter_context(patch("wbfuse.writeback.disk.writer._FRAME_BYTES", 16 << 10))
-        stack.enter_context(patch("wbfuse.writeback.disk.writer._PAGES_FROM", 12 << 10))
+        stack.enter_context(patch("wbfuse.writeback.disk.stream.chunks_of", lambda _g: (0, 128 << 10)))
+        stack.enter_context(patch("wbfuse.writeback.disk.stream._FRAME_BYTES", 16 << 10))
+        stack.enter_context(patch("wbfuse.writeback.disk.stream._PAGES_FROM", 12 << 10))
         yield
 
 

@@ -14,6 +14,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -510,7 +511,7 @@ def test_what_is_loaded_is_what_was_there(tmp_path: Path) -> None:
 
 
 def test_damage_in_what_was_durable_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wbfuse.writeback.disk.writer.chunks_of", lambda _g: (0, 1 << 18))
+    monkeypatch.setattr("wbfuse.writeback.disk.stream.chunks_of", lambda _g: (0, 1 << 18))
     directory = Directory(str(tmp_path / "log"), make=True)
     made(directory)
     chunks = directory.chunks()
@@ -535,8 +536,8 @@ def test_a_newer_version_and_no_manifest_at_all(tmp_path: Path) -> None:
     raw = bytearray(path.read_bytes())
     header = stream.Header.decode(raw)
     assert header is not None
-    newer = stream._HEADER.pack(b"wbfuselg", 2, 0, header.epoch, header.number, 1, 0, 1, 1, header.uuid)
-    raw[: len(newer) + 8] = newer + stream._CHECK.pack(stream.xxhash.xxh3_64_intdigest(newer))
+    with patch.object(stream, "VERSION", stream.VERSION + 1):
+        raw[: stream.PAGE] = header.encode()
     path.write_bytes(raw)
     with pytest.raises(LogError, match="newer wbfuse"):
         load(directory)

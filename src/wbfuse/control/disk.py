@@ -14,7 +14,8 @@ from wbfuse.store.directory import DirectoryStore, nodes, syscalls
 from wbfuse.writeback.cache import WritebackCache
 from wbfuse.writeback.disk.directory import MANIFEST, Directory
 from wbfuse.writeback.disk.load import Loaded, load
-from wbfuse.writeback.disk.writer import DiskLog, chunks_of
+from wbfuse.writeback.disk.stream import chunks_of
+from wbfuse.writeback.disk.writer import DiskLog
 from wbfuse.writeback.log import Geometry, LogError
 
 if TYPE_CHECKING:
