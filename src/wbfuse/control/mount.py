@@ -246,7 +246,7 @@ class Mount:
         )  # fmt: skip
         self.engine = Engine(self.cache, spec.dirty_expire)
         if spec.full_timeout is not None:
-            self.engine.full_timeout = spec.full_timeout
+            self.engine.pacer.full_timeout = spec.full_timeout
         self.engine.keep = self._set_aside
         self.engine.on_defect = _die
         outer = self

@@ -104,7 +104,7 @@ class CachedFileSystem(StoreFileSystem):
     def init(self, agreement: Agreement) -> None:
         super().init(agreement)
         self.cache.can_resend = bool(agreement.capabilities & Cap.HAS_RESEND)
-        self.engine.on_room = self._ask_again
+        self.engine.pacer.on_room = self._ask_again
         self.engine.start()
         self.renames.on_deferred = self._deferred
         self.follow_renames()

@@ -1,4 +1,4 @@
-"""The threads of write-back: committers carry rounds to the store, the pacer lets WRITE replies go, a warmer prepares.
+"""The threads of write-back: committers carry rounds to the store, a warmer prepares memory (and pacer.py).
 
 Order of work: rounds that somebody waits for, then sealed generations, then - above the background limit, while
 draining, or past their age - the longest dirty. Commits of one file never overlap; those of different files do.
@@ -12,16 +12,17 @@ import contextlib
 import ctypes
 import errno
 import logging
-import math
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 
 from wbfuse.store.contract import FencedError, Piece, Round
 from wbfuse.writeback.cache import WritebackCache
 from wbfuse.writeback.cached_file import File, Sequel
 from wbfuse.writeback.file import Generation, plan
+from wbfuse.writeback.pacer import Pacer
 from wbfuse.writeback.records import Record
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,6 @@ TRANSIENT = frozenset({
 _FIRST_RETRY, _LAST_RETRY = 0.1, 30.0
 _PIECE_SECONDS = 0.1
 _PIECE_LEAST, _PIECE_FIRST = 256 << 10, 1 << 20
-_CLEAN_EVERY = 0.1
 _LOOK_AGAIN = 1.0
 _LOST = (errno.ESTALE, errno.ENOENT, errno.EBUSY)
 """Of a file that was dirty when its server died: it is gone, or another host has taken it over."""
@@ -66,22 +66,18 @@ class Engine:
         self.rounds = 0
         self.on_bandwidth: Callable[[float], None] | None = None
         """Called, from a committer, when the store's measured bandwidth has changed by a third."""
-        self.on_room: Callable[[], None] | None = None
-        """Called, from the pacer, when WRITEs that found no room may be sent again."""
+        self.pacer = Pacer(cache)
         self.keep: Callable[[int, int, list[list[Piece]]], None] | None = None
         """Called, from a committer, with (ino, size, pieces of each generation) of what can never be committed."""
         self.on_defect: Callable[[], None] | None = None
         """Called, from a committer, when it cannot go on: without it write-back would stop unseen."""
         self.sync_each = False
         """Make every round durable before the log forgets it: there is one on disk, and what it says must be enough."""
-        self.full_timeout = math.inf
-        """Seconds after which a direct WRITE that finds no room in the log is refused with ENOSPC."""
         self._told = 0.0
         self._watchers = 0
         """Committers that sleep with a time to wake."""
         self._at_work = 0
         """Committers that carry something."""
-        self._clean_at = 0.0
         self._heavy = 0
         """Large rounds under way."""
         store = cache.store.capabilities
@@ -93,7 +89,7 @@ class Engine:
         self._threads = [
             threading.Thread(target=self._commit_loop, name=f"committer-{i}", daemon=True) for i in range(committers)
         ]
-        self._threads.append(threading.Thread(target=self._pace_loop, name="pacer", daemon=True))
+        self._threads.append(threading.Thread(target=self.pacer.run, name="pacer", daemon=True))
         self._threads.append(threading.Thread(target=self._warm_loop, name="warmer", daemon=True))
 
     def take_over(self, ino: int, records: list[tuple[int, Record]]) -> None:
@@ -131,7 +127,7 @@ class Engine:
 
     def stop(self) -> None:
         with self.cache.lock:
-            self._stopping = True
+            self._stopping = self.pacer.stopping = True
             self.cache.work.notify_all()
             self.cache.paced.notify_all()
             self.cache.room.notify_all()
@@ -494,7 +490,7 @@ class Engine:
                     oldest = f.core.generations[0].number if f.core.generations else None
                     ready = [w for w in f.waiters if oldest is None or w.generation < oldest]
                     f.waiters = [w for w in f.waiters if w not in ready]
-                    answers += [_call(w.done, 0) for w in ready]
+                    answers += [partial(w.done, 0) for w in ready]
                 cache.requeue(f)
             if f.unlinked and not f.opens:
                 answers += cache._discard(f)
@@ -593,69 +589,7 @@ class Engine:
         waiters, f.waiters = f.waiters, []
         if f.waited_for and not f.core.generations:
             cache.urgent[f.ino] = f
-        return [_call(w.done, error) for w in waiters]
-
-    # pacing
-
-    def _pace_loop(self) -> None:
-        cache = self.cache
-        limits = cache.limits
-        while True:
-            with cache.lock:
-                if self._stopping:
-                    break
-                resend, failed = self._overflow()
-                if not resend and not failed and not cache.parked:
-                    self._wait_paced(math.inf)
-                    continue
-            if resend and self.on_room is not None:
-                self.on_room()
-            for answer in failed:
-                answer()
-            with cache.lock:
-                if not cache.parked:
-                    continue
-                now, occupied = cache.clock(), cache.log.occupied
-                at = limits.ready_at(now, occupied)
-                if at is None and now >= self._clean_at:
-                    self._clean_at = now + _CLEAN_EVERY
-                    if cache.clean():
-                        continue
-                if at is None or at > now:
-                    self._wait_paced(math.inf if at is None else at - now)
-                    continue
-                _, size, answer = cache.parked.popleft()
-                limits.sent(now, size)
-            answer()
-        for _, _, answer in list(cache.parked):
-            answer()
-
-    def _wait_paced(self, seconds: float) -> None:
-        """Held: lock. Until somebody notifies, so long has passed, or an overflowed WRITE is to be refused."""
-        cache = self.cache
-        first = min((since for since, _ in cache.overflowed), default=math.inf)
-        left = min(seconds, first + self.full_timeout - cache.clock())
-        cache.paced.wait(None if left == math.inf else max(left, 0.0))
-
-    def _overflow(self) -> tuple[bool, list[Callable[[], None]]]:
-        """Held: lock. Whether to ask for overflowed WRITEs again now, and refusals: the mount ends, or it took long."""
-        cache = self.cache
-        if not cache.overflowed:
-            return False, []
-        if cache.closing:
-            failed, cache.overflowed = cache.overflowed, []
-            return False, [_call(fail, errno.EIO) for _, fail in failed]
-        until = cache.clock() - self.full_timeout
-        late = [fail for since, fail in cache.overflowed if since <= until]
-        if late:
-            cache.overflowed = [(since, fail) for since, fail in cache.overflowed if since > until]
-            return False, [_call(fail, errno.ENOSPC) for fail in late]
-        # All come again at once, so ask only when a good part of them will find room.
-        if cache.log.free_segments < max(1, len(cache.log.segments) // 8):
-            cache.work.notify()
-            return False, []
-        cache.overflowed = []
-        return True, []
+        return [partial(w.done, error) for w in waiters]
 
     def _warm_loop(self) -> None:
         while not self._stopping and self.cache.log.warm_next():
@@ -677,10 +611,6 @@ def _staged(f: File) -> bool:
 
 def _first(queue: OrderedDict[int, File]) -> File | None:
     return next(iter(queue.values()), None)
-
-
-def _call(done: Callable[[int], None], error: int) -> Callable[[], None]:
-    return lambda: done(error)
 
 
 def _set_io_flusher() -> None:
