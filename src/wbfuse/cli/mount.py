@@ -159,18 +159,11 @@ def mount(
         inside = _absolute(source) if volume else os.path.realpath(source)
         if not volume and os.path.commonpath([path, inside]) == inside and os.path.isdir(inside):
             raise MountError(f"{path}: lies inside {inside}; the mount would serve itself; choose another directory")
-        if shared and not volume:
-            raise PolicyError("--shared is for volumes; a directory has one mount")
-        if shared and kernel_cache == "writeback":
-            raise PolicyError("--shared and --kernel-cache writeback exclude each other: the kernel would keep other "
-                              "hosts' changes from being seen")  # fmt: skip
+        if shared:
+            _check_shared(volume, kernel_cache)
+        read_only = read_only or "ro" in words
+        _check_log(log_dir, fsync, policy == "writethrough" or read_only, None if volume else inside)
         wanted = kernel_cache or ("writethrough" if shared else None)
-        if fsync == "log" and log_dir is None:
-            raise PolicyError("--fsync log needs --log DIR: without it the log is gone with the machine's memory")
-        if log_dir is not None and (policy == "writethrough" or read_only or "ro" in words):
-            raise PolicyError("--log is for what waits to be written: not with --policy writethrough or --read-only")
-        if log_dir is not None and not volume and os.path.commonpath([os.path.realpath(log_dir), inside]) == inside:
-            raise PolicyError(f"--log {log_dir} lies inside {source}; choose another directory")
         cache, message = choose(policy, wanted, os.geteuid() == 0)
         make_runtime_dir()
         if message:
@@ -188,7 +181,7 @@ def mount(
             dirty_expire=dirty_expire,
             full_timeout=full_timeout,
             shape=shape,
-            read_only=read_only or "ro" in words,
+            read_only=read_only,
             options=[w for w in words if w not in ("ro", "default_permissions")],
             debug_wire=debug_wire,
             max_deaths=max_deaths,
@@ -212,6 +205,27 @@ def mount(
     else:
         code = start(spec)
     sys.exit(code)
+
+
+def _check_shared(volume: bool, kernel_cache: str | None) -> None:
+    """Raises PolicyError where --shared cannot be."""
+    if not volume:
+        raise PolicyError("--shared is for volumes; a directory has one mount")
+    if kernel_cache == "writeback":
+        raise PolicyError("--shared and --kernel-cache writeback exclude each other: the kernel would keep other "
+                          "hosts' changes from being seen")  # fmt: skip
+
+
+def _check_log(log_dir: str | None, fsync: str, nothing_waits: bool, source: str | None) -> None:
+    """Raises PolicyError where there cannot be such a log on disk. `source`: a directory that it must not lie in."""
+    if log_dir is None:
+        if fsync == "log":
+            raise PolicyError("--fsync log needs --log DIR: without it the log is gone with the machine's memory")
+        return
+    if nothing_waits:
+        raise PolicyError("--log is for what waits to be written: not with --policy writethrough or --read-only")
+    if source is not None and os.path.commonpath([os.path.realpath(log_dir), source]) == source:
+        raise PolicyError(f"--log {log_dir} lies inside {source}; choose another directory")
 
 
 def _absolute(meta: str) -> str:

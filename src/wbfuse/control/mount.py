@@ -28,6 +28,7 @@ from wbfuse.filesystem.store_fs import StoreFileSystem
 from wbfuse.journal import VERSION, Journal, Kind
 from wbfuse.session.mount import MountError, find_mount, is_busy, max_pages_limit, tune_bdi, unmount
 from wbfuse.session.serve import Options, attach, detach, resume
+from wbfuse.session.session import Session
 from wbfuse.store.contract import ROOT_INO, Piece, Store
 from wbfuse.store.directory import DirectoryStore
 from wbfuse.store.shaped import Shape, shaped
@@ -172,13 +173,7 @@ class Mount:
                 self.fs.take_over()
             self._begin_log()
             lifeline = kept.get("lifeline") or _pipe_without_reader()
-            if agreed is not None:
-                self.path = spec.mountpoint
-                self.session = resume(self.fs, kept["fuse"], Agreement.decode(agreed), lifeline, self._debug)
-            else:
-                options = [*spec.options, "default_permissions"] + (["ro"] if spec.read_only else [])
-                wanted = Options(fsname=spec.name, options=options, debug=self._debug, lifeline=lifeline)
-                self.session, self.path = attach(self.fs, spec.mountpoint, wanted)
+            self.session, self.path = self._connect(agreed, lifeline)
         except BaseException:
             if first:  # else the next worker goes on with it, and with its session
                 self._end_log(keep=loaded is not None)
@@ -187,17 +182,11 @@ class Mount:
         self.session.on_defect = _die
         try:
             self.tuned = self._tune()
-            self._control = ControlServer(
-                paths.socket_path(self.path),
-                {
-                    "status": self._do_status,
-                    "sync": self._do_sync,
-                    "umount": self._do_umount,
-                    "clone": self._do_clone,
-                    "restart": self._do_restart,
-                },
-                kept.get("control"),
-            )
+            commands = {
+                "status": self._do_status, "sync": self._do_sync, "umount": self._do_umount, "clone": self._do_clone,
+                "restart": self._do_restart,
+            }  # fmt: skip
+            self._control = ControlServer(paths.socket_path(self.path), commands, kept.get("control"))
         except BaseException:
             if first:
                 detach(self.session, self.path)
@@ -214,6 +203,14 @@ class Mount:
                 keep("disk", self._log_dir.directory.fd)
             if not spec.is_volume:
                 keep("source", cast(Any, self._store).root_fd)
+
+    def _connect(self, agreed: bytes | None, lifeline: int) -> tuple[Session, str]:
+        """Go on with what a server before this one `agreed` on with the kernel; else mount."""
+        spec = self.spec
+        if agreed is not None:
+            return resume(self.fs, self._kept["fuse"], Agreement.decode(agreed), lifeline, self._debug), spec.mountpoint
+        options = [*spec.options, "default_permissions"] + (["ro"] if spec.read_only else [])
+        return attach(self.fs, spec.mountpoint, Options(spec.name, "wbfuse", options, self._debug, lifeline))
 
     def _check_version(self, inherited: bool) -> None:
         """What another version left is not to be misread. Raises LogError, upon which it is tried again later."""
