@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from wbfuse.filesystem.cached_fs import CachedFileSystem
 from wbfuse.journal import Journal
 from wbfuse.store.contract import ROOT_INO, Change, FencedError, Store
 from wbfuse.store.directory import DirectoryStore
-from wbfuse.wire.constants import FATTR_MTIME
+from wbfuse.wire.constants import FATTR_MTIME, UNIQUE_RESEND
 from wbfuse.wire.requests import Setattr
 from wbfuse.writeback.cache import WritebackCache
 from wbfuse.writeback.cached_file import File
@@ -102,13 +103,18 @@ class HookedEngine(Engine):
 class Stage:
     """The kernel's part is played by the test: requests go to `fs` with bare arguments."""
 
-    def __init__(self, source: Path, clock: Callable[[], float] = time.monotonic, expire: float = 0.02) -> None:
+    def __init__(
+        self, source: Path, clock: Callable[[], float] = time.monotonic, expire: float = 0.02, shared: bool = False,
+        journal: Journal | None = None,
+    ) -> None:  # fmt: skip
         self.source = source
         self.store = Hooked(DirectoryStore(str(source)))
-        renames = DeferredRenames(cast(Store, self.store), Journal())
+        self.store.capabilities = replace(self.store.capabilities, shared=shared)
+        self.journal = journal or Journal()
+        renames = DeferredRenames(cast(Store, self.store), self.journal)
         self.cache = WritebackCache(renames.as_store(), 64 * MIB, MIB, 4 * MIB, clock)
         self.engine = HookedEngine(self.cache, expire)
-        self.fs = CachedFileSystem(renames, self.cache, self.engine, False)
+        self.fs = CachedFileSystem(renames, self.cache, self.engine, False, journal=self.journal)
         self.started = False
         self.replies: dict[int, tuple[object, int]] = {}
         self.news = threading.Condition()
@@ -591,3 +597,34 @@ def test_what_fails_for_good_is_set_aside_after_some_tries_and_what_may_pass_is_
             stage.write(ino, fh, 0, b"more")
     finally:
         stage.end()
+
+
+def test_an_append_that_is_sent_again_after_it_was_committed_goes_where_it_went(source: Path) -> None:
+    """A server dies after the record has left the log and before the reply; on a shared volume it chose the place."""
+    (source / "f").write_bytes(b"first line\n")
+
+    def append(stage: Stage, unique: int, end: int) -> tuple[int, int]:
+        ino = stage.fs.lookup(stage.request(ROOT_INO), b"f").nodeid
+        fh = stage.fs.open(stage.request(ino), os.O_RDWR | os.O_APPEND, 0).fh
+        request = stage.request(ino)
+        request.unique = unique
+        stage.fs.write(request, fh, end, memoryview(b"once\n"), 0, os.O_APPEND)
+        waits = stage.fsync(ino, fh)
+        assert waits is not None
+        assert stage.reply(waits)[1] == 0
+        return ino, fh
+
+    before = Stage(source, shared=True)
+    before.start()
+    append(before, 1000, 11)
+    before.end()
+    after = Stage(source, shared=True, journal=Journal(os.dup(before.journal.fd)))
+    after.start()
+    try:
+        ino, fh = append(after, 1000 | UNIQUE_RESEND, 11)
+        assert after.stored("f") == b"first line\nonce\n"
+        after.fs.release(after.request(ino), fh, 0)
+        append(after, 1002, 16)
+        assert after.stored("f") == b"first line\nonce\nonce\n"
+    finally:
+        after.end()

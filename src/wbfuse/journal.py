@@ -61,6 +61,8 @@ class Kind(IntEnum):
     """Size of the log and of its largest payload; key 0."""
     RENAME = 10
     """A rename that waits for the data of its source; the key is that file's ino."""
+    APPEND = 12
+    """Where the last append to a file goes; the key is its ino."""
     VERSION = 11
     """Which `VERSION` of wbfuse's writes this one; key 0."""
 

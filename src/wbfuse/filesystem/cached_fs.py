@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 from wbfuse.filesystem.api import PARKED, Buffer, Lent, Parked, Request, WouldBlock
+from wbfuse.filesystem.appends import Appends
 from wbfuse.filesystem.handles import Handle
 from wbfuse.filesystem.store_fs import MAX_OFFSET, O_DSYNC, StoreFileSystem, writable
 from wbfuse.journal import Journal
@@ -90,6 +91,7 @@ class CachedFileSystem(StoreFileSystem):
             self.inline = type(self).inline | {"lookup"}
         self._durable_commits = store.capabilities.atomic_commit
         self.max_write = cache.log.max_write
+        self._appends = Appends(self._journal)
         self.fsync_by_log = False
         """fsync is answered once the log on disk has it."""
         self.on_stopped: Callable[[], None] = lambda: None
@@ -403,6 +405,8 @@ class CachedFileSystem(StoreFileSystem):
             self.store.drop(handle.ino)
         else:
             self.cache.closed(f)
+            if not f.opens:
+                self._appends.forget(f.ino)
 
     # data
 
@@ -430,7 +434,7 @@ class CachedFileSystem(StoreFileSystem):
             # These bytes nobody has promised yet, so a full store may say so; a kernel-cache WRITE must be taken.
             raise OSError(f.error, os.strerror(f.error))
         if flags & os.O_APPEND and not from_kernel_cache and self.store.capabilities.shared:
-            offset = self._end_of(f, offset, len(data))
+            offset = self._end_of(f, request, offset)
         durable = bool(flags & O_DSYNC) and not from_kernel_cache
         by_log = durable and self._by_log(request, f)
         n = len(data)
@@ -445,9 +449,9 @@ class CachedFileSystem(StoreFileSystem):
             return parked
         return n
 
-    def _end_of(self, f: File, offset: int, size: int) -> int:
+    def _end_of(self, f: File, request: Request, offset: int) -> int:
         """Where an append goes: the kernel took the end that it knew, and another host may have moved it since."""
-        end = f.core.size
+        end = self._appends.place(request, f.core.size)
         if offset != end:
             self.notify(replies.notify_inval_inode(f.ino, min(offset, end) & -4096, 0))
         return end
