@@ -628,3 +628,43 @@ def test_an_append_that_is_sent_again_after_it_was_committed_goes_where_it_went(
         assert after.stored("f") == b"first line\nonce\nonce\n"
     finally:
         after.end()
+
+
+def unlink_it(stage: Stage, ino: int, fh: int) -> None:
+    stage.fs.release(stage.request(ino), fh, 0)
+    stage.fs.unlink(stage.request(ROOT_INO), b"f")
+
+
+def close_the_mount(stage: Stage, _ino: int, _fh: int) -> None:
+    stage.cache.close()
+
+
+@pytest.mark.parametrize("act", [unlink_it, close_the_mount])
+def test_a_large_round_is_broken_off_where_nobody_wants_it_any_more(
+    source: Path, act: Callable[[Stage, int, int], None]
+) -> None:
+    stage = Stage(source, expire=3600)
+    ino, fh = stage.create(b"f")
+    taken: list[int] = []
+
+    def commit(rounds: Any, progress: Callable[[int], None]) -> None:
+        def told(done: int) -> None:
+            taken.append(done)
+            if len(taken) == 1:
+                act(stage, ino, fh)
+            progress(done)
+
+        DirectoryStore.commit(stage.store.store, rounds, told)
+
+    cast(Any, stage.store).commit = commit
+    try:
+        for at in range(16):
+            stage.write(ino, fh, at * MIB, os.urandom(MIB))
+        stage.start()
+        stage.cache.drain(lambda _left: None, lambda: len(stage.engine.finished) > 0)
+        assert stage.engine.finished[0] == (ino, errno.ECANCELED)
+        assert taken == [MIB]
+        assert stage.cache.unwritten == (0 if act is unlink_it else 16 * MIB)
+        assert not stage.cache.last_error or act is close_the_mount
+    finally:
+        stage.end()

@@ -351,7 +351,7 @@ class Mount:
         written = self._meter.bytes_written
         if self.cache is not None and not self._warned and written != self._written_at_stop:
             self._warned = True
-            left = int(self.cache.status()["dirty_bytes"])
+            left = self.cache.unwritten
             log.warning("still writing, %d bytes are left; another signal gives them up", left)
             return
         self._impatient.set()
@@ -372,14 +372,15 @@ class Mount:
         with self._stop_lock:
             if self.session.ended.is_set():
                 return
-            left = int(self.cache.status()["dirty_bytes"]) if self.cache is not None else 0
+            left = self.cache.unwritten if self.cache is not None else 0
             self._written_at_stop = self._meter.bytes_written
             log.info("%s: writing back (%d bytes here, more in the kernel perhaps), then unmounting", self.path, left)
             try:
                 for _ in self._barrier():
                     pass
             except OSError as e:
-                log.error("not everything could be written: %s; unmounting, and trying on", e)
+                then = "" if self.impatient else ", and trying on"
+                log.error("not everything could be written: %s; unmounting%s", e.strerror, then)
             try:
                 unmount(self.path)
             except MountError as e:
@@ -430,10 +431,10 @@ class Mount:
                 why = os.strerror(failed[0][1]) if failed[0][1] else "told to end"
             except OSError as e:
                 why = e.strerror or str(e)
-            left = int(self.cache.status()["dirty_bytes"])
+            left = self.cache.unwritten
             log.error("%d bytes are not durable: %s; trying again", left, why)
             if self._impatient.wait(1.0):
-                self.left = max(left, 1)
+                self.left = max(left, 1)  # it may be names alone
                 self._rescue()
                 return
 
@@ -547,7 +548,7 @@ class Mount:
             yield {"done": True}
             return
         while not self.session.ended.wait(0.1):
-            yield {"left": int(self.cache.status()["dirty_bytes"]) if self.cache is not None else 0}
+            yield {"left": self.cache.unwritten if self.cache is not None else 0}
         if self.left:
             raise OSError(f"{self.left} bytes could not be written and {self.where_left}")
         yield {"done": True}

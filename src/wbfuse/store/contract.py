@@ -260,7 +260,8 @@ class Store(ABC):
     def commit(self, rounds: Sequence[Round], progress: Progress) -> None:
         """Apply rounds of different files: all or, where the store is atomic, none.
 
-        `progress` is called with the bytes of each piece as it is taken; what was staged is not told again.
+        `progress` is called with the bytes of each piece as it is taken; what was staged is not told again. It may
+        raise OSError: nobody wants the rest, which is then left out or done, as is easier, and the error passed on.
         """
 
     @abstractmethod

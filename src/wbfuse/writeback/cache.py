@@ -668,6 +668,12 @@ class WritebackCache:
         with self.lock:
             return f.core.generations[-1].sequence if f.core.generations else 0
 
+    @property
+    def unwritten(self) -> int:
+        """Bytes that the store has not, or not all of."""
+        with self.lock:
+            return sum(f.core.dirty_bytes for f in self.files.values())
+
     def status(self) -> dict[str, int | float | str]:
         with self.lock:
             dirty = sum(f.core.dirty_bytes for f in self.files.values())

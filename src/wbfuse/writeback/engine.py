@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 TRANSIENT = frozenset({
     errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED,
-    errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EPIPE,
+    errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EPIPE, errno.ECANCELED,
 })  # fmt: skip
 """Errors that no application hears of: waited out."""
 _FIRST_RETRY, _LAST_RETRY = 0.1, 30.0
@@ -351,7 +351,7 @@ class Engine:
     def _commit(self, rounds: list[Round]) -> dict[int, int]:
         """Give rounds to the store, one by one where they fail together. Answers the errors, by ino."""
         try:
-            self.cache.store.commit(rounds, self._progress)
+            self.cache.store.commit(rounds, self._progress_of(rounds))
         except FencedError as e:
             if len(rounds) == 1:
                 with self.cache.lock:
@@ -393,7 +393,7 @@ class Engine:
         round_ = None
         try:
             round_ = self._round(f, g)
-            cache.store.stage([round_], self._progress)
+            cache.store.stage([round_], self._progress_of([round_]))
         except OSError as e:
             log.debug("staging of node %d failed: %s", f.ino, e)  # its commit will try again, and tell
         except Exception:
@@ -445,6 +445,19 @@ class Engine:
                 f.sequel = None
         return 0
 
+    def _progress_of(self, rounds: list[Round]) -> Callable[[int], None]:
+        """What the store tells of these. A round of one file alone is broken off where nobody wants it any more."""
+        if len(rounds) > 1:
+            return self._progress
+        f = self.cache.files[rounds[0].ino]
+
+        def progress(done: int) -> None:
+            self._progress(done)
+            if self.cache.closing or _gone(f):
+                raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+
+        return progress
+
     def _progress(self, done: int) -> None:
         cache = self.cache
         with cache.lock:
@@ -478,13 +491,13 @@ class Engine:
                 if f.core.end(error == 0) is not None:
                     cache._release(f, [g])
                     self.rounds += 1
-            if error:
+            if error and not _gone(f):
                 answers += self._failed(f, error)
                 if g is not None and error in _FOR_GOOD and f.failures >= _TRIES:
                     self._lose(f, OSError(error, os.strerror(error)))
-            elif f.sequel is not None and f.sequel.error:
+            elif not error and f.sequel is not None and f.sequel.error:
                 answers += self._sequel_failed(f, f.sequel)
-            else:
+            elif not error:
                 f.failures = 0
                 if f.synced == f.version:  # else somebody began to wait during the commit: a sync of its own follows
                     oldest = f.core.generations[0].number if f.core.generations else None
@@ -492,7 +505,7 @@ class Engine:
                     f.waiters = [w for w in f.waiters if w not in ready]
                     answers += [partial(w.done, 0) for w in ready]
                 cache.requeue(f)
-            if f.unlinked and not f.opens:
+            if _gone(f):
                 answers += cache._discard(f)
             forget = cache._forgettable(f)
             lost = f.lost is not None and bool(error) and not any(g.staging for g in f.core.generations)
@@ -594,6 +607,11 @@ class Engine:
     def _warm_loop(self) -> None:
         while not self._stopping and self.cache.log.warm_next():
             pass
+
+
+def _gone(f: File) -> bool:
+    """Nobody can reach it any more."""
+    return f.unlinked and not f.opens
 
 
 def _born(f: File) -> float:

@@ -84,6 +84,7 @@ class Staging:
             number = self._new_pack()
             try:
                 self._objects.put(pack_key(number), pack.buffers)
+                progress(sum(e.length for _, e in pack.extents))
             except FileExistsError:
                 self._abandon([number])  # an answer was lost on the way, perhaps
                 continue
@@ -93,7 +94,6 @@ class Staging:
             for offset, parts in pack.raw:
                 self._frames.put(number, offset, b"".join(parts))
             self._frames.put_stored(number, pack.buffers)
-            progress(sum(e.length for _, e in pack.extents))
             return number
         raise OSError(errno.EAGAIN, "the store says again and again that a new key is taken")
 
