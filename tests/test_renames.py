@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -51,6 +52,9 @@ class Mortal:
     def __init__(self, store: DirectoryStore) -> None:
         self.store = store
         self.left = 0
+        self.until = 0
+        self.meanwhile: Callable[[], None] = lambda: None
+        """Called, if `until` is not 0, before the call of that number."""
 
     def step(self, _record: bytes = b"") -> None:
         if self.left:
@@ -60,10 +64,16 @@ class Mortal:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.store, name)
-        if name not in self.CHANGES:
+        if name not in self.CHANGES | {"lookup"}:
             return found
 
         def call(*args: Any) -> Any:
+            if self.until:
+                self.until -= 1
+                if not self.until:
+                    self.meanwhile()
+            if name == "lookup":
+                return found(*args)
             self.step()
             answer = found(*args)
             self.step()
@@ -209,6 +219,29 @@ class Names(RuleBasedStateMachine):
         if other is not None and ino in self.dirty and not stays:
             self.guarded[new] = ino
 
+    @rule(n=numbers, new=places, which=numbers, until=st.sampled_from((1, 1, 1, 2, 3, 5)))
+    @precondition(lambda self: self.renames.pending)
+    def rename_while_another_is_carried_out(self, n: int, new: Place, which: int, until: int) -> None:
+        source, pending = self.some(n), self.renames.pending
+        of_this = [move for move in pending if source is not None and move.ino == self.model[source]]
+        move = of_this[0] if of_this else pending[which % len(pending)]
+
+        def carry_out() -> None:
+            self.written(move.ino)
+            self.renames.carry_out(move)
+
+        committer = threading.Thread(target=carry_out)
+
+        def meanwhile() -> None:
+            committer.start()
+            committer.join(0.01)  # it may have to wait for the rename
+
+        self.store.until, self.store.meanwhile = until, meanwhile
+        self.rename(n, new, False, None)
+        self.store.until = 0
+        if committer.ident is not None:
+            committer.join()
+
     @rule(n=numbers, m=numbers, death=deaths)
     def exchange(self, n: int, m: int, death: int | None) -> None:
         source, new = self.some(n), self.some(m)
@@ -329,6 +362,40 @@ def test_a_file_goes_back_by_another_of_its_names_to_one_that_the_store_has_neve
     machine.rename(1, (b"", b"y"), False, death)
     machine.names_are_as_applications_made_them()
     machine.teardown()
+
+
+def test_a_rename_that_is_carried_out_just_then(tmp_path: Path) -> None:
+    """mv x b; mv c d; mv b c: the first is carried out when the last one has begun, and takes the second's old name."""
+    for name in ("b", "d", "x", "c"):
+        (tmp_path / name).write_text(f"was {name}")
+    journal = Journal()
+    store = Mortal(DirectoryStore(str(tmp_path), journal=journal))
+    renames = DeferredRenames(cast(Store, store), journal)
+    renames.waits = lambda _ino: True
+    for name in (b"b", b"d", b"x", b"c"):
+        renames.lookup(ROOT_INO, name)
+    renames.rename(ROOT_INO, b"x", ROOT_INO, b"b", 0)
+    renames.rename(ROOT_INO, b"c", ROOT_INO, b"d", 0)
+    first = renames.pending[0]
+    committer = threading.Thread(target=renames.carry_out, args=(first,))
+    look = store.store.lookup
+
+    def carry_out(*args: Any) -> Any:
+        cast(Any, store.store).lookup = look
+        committer.start()
+        committer.join(0.5)  # it may have to wait for this rename
+        return look(*args)
+
+    cast(Any, store.store).lookup = carry_out
+    renames.rename(ROOT_INO, b"b", ROOT_INO, b"c", 0)
+    committer.join()
+    for move in renames.pending:
+        renames.carry_out(move)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()} == {
+        "c": "was x",
+        "d": "was c",
+    }
+    store.store.close()
 
 
 SLOW = ("--bwlimit", "1MB/s", "--on-close", "background")

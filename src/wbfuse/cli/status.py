@@ -86,8 +86,8 @@ def _show(one: dict[str, Any]) -> None:
         "kernel": f"FUSE {negotiated.get('protocol')}, requests up to {show_size(negotiated.get('max_write', 0))}, "
         + " ".join(negotiated.get("capabilities", [])),
         "not in the store": f"{show_size(one['dirty_bytes'] + one['writeback_bytes'])} in"
-        f" {one.get('dirty_files', 0)} files, {show_size(one['writeback_bytes'])} of it on the way"
-        + _waiting(one.get("renames", 0)),
+        f" {one.get('dirty_files', 0)} files" + _waiting(one.get("renames", 0)),
+        "of it on the way": show_size(one["writeback_bytes"]),
         "log": f"{show_size(log['used'])} of {show_size(log['size'])}, writers wait at {show_size(log['limit'])}"
         if log
         else "none",

@@ -21,8 +21,9 @@ waits already, wait for the data first (`settle`).
 Each is an entry of the journal before rename(2) is answered; the order of the steps is such that a server that dies
 between any two leaves what the next one can go on with when the request comes again.
 
-Lock: `_lock` guards the tables and is held over the store's calls that change a name that waits. Lookups do not take
-it, but where they meet a rename that is being carried out.
+Lock: `_lock` guards the tables and is held over the store's calls that change a name that waits. What meets only names
+that do not wait does not take it: while a request holds its directories none can begin to. One that waits may be
+carried out at any moment, so whatever meets it looks again with the lock.
 """
 
 from __future__ import annotations
@@ -416,36 +417,75 @@ class DeferredRenames:
 
     def rename(self, parent: int, name: bytes, newparent: int, newname: bytes, flags: int) -> tuple[int, int]:
         source, target = (parent, name), (newparent, newname)
-        self._check(source)
-        moves = [move for place in (source, target) if (move := self._at.get(place)) is not None]
-        found = self._look(moves[0].source if moves and moves[0].target == source else source)
-        file = found is not None and stat.S_ISREG(found[1].mode)
-        also = None if found is None else self._moves.get(found[0])  # under another of its names
-        if also is not None and also.target != source:
-            self.settle(also)
-        if moves and (flags & RENAME_EXCHANGE or not file):
-            for move in moves:
-                self.settle(move)
-            moves = []
+        while True:
+            self._check(source)
+            # The kernel holds both directories, so no rename of these names can begin to wait meanwhile; one that waits
+            # may be carried out at any time. So without the lock only "nothing waits here" is certain.
+            if source in self._at or target in self._at or target in self._hidden:
+                done = self._rename_waiting(source, target, flags)
+            else:
+                done = self._rename_free(source, target, flags)
+            if done is not None:
+                return self._left(done)
+
+    def _rename_free(self, source: Place, target: Place, flags: int) -> tuple[int, int] | None:
+        """Neither name waits for anything. None: something had to be settled first; look again."""
+        found = self._look(source)
         if found is None or flags & RENAME_EXCHANGE:
             return self._store.rename(*source, *target, flags)
-        if not file:
-            self._vacate(target)
-            if self._moves and stat.S_ISDIR(found[1].mode):
+        ino, attr = found
+        if not stat.S_ISREG(attr.mode):
+            if self._moves and stat.S_ISDIR(attr.mode):
                 self._empty(self._ino_at(target))
-            return self._left(self._store.rename(*source, *target, flags))
-        involved = moves or target in self._hidden
-        if not involved and not flags and found[1].nlink > 1 and self._ino_at(target) == found[0]:
+            return self._store.rename(*source, *target, flags)
+        also = self._moves.get(ino)
+        if also is not None:  # by another of its names
+            self.settle(also)
+            return None
+        if not flags and attr.nlink > 1 and self._ino_at(target) == ino:
             # For applications something else was there, else the kernel would not ask, but a server before this one had
             # removed it when it died. As rename(2) of two names of one file the store would do nothing.
-            return self._left(self._remove(source))
-        if not involved and not (self.waits(found[0]) and self._look(target) is not None):
-            return self._left(self._store.rename(*source, *target, flags))
+            return self._remove(source)
+        if not (self.waits(ino) and self._look(target) is not None):
+            return self._store.rename(*source, *target, flags)
         with self._lock:
-            deferred, lost = self._rename_file(found[0], found[1].ino, source, target, flags)
+            if ino in self._moves:
+                return None
+            deferred, lost = self._rename_file(ino, attr.ino, source, target, flags)
         if deferred is not None:
             self.on_deferred(deferred)
-        return self._left(lost)
+        return lost
+
+    def _rename_waiting(self, source: Place, target: Place, flags: int) -> tuple[int, int] | None:
+        """A rename of one of these names waits. None: it does not any more; look again."""
+        first: list[Move] = []
+        deferred, lost = None, None
+        with self._lock:
+            mine, other = self._at.get(source), self._at.get(target)
+            waiting = [move for move in (mine, other) if move is not None]
+            if not waiting and target not in self._hidden:
+                return None
+            found = self._look(source if mine is None else mine.source)
+            if mine is not None and (found is None or found[0] != mine.ino):
+                log.warning("node %d was moved away, so it does not become %r", mine.ino, source[1])
+                self._end(mine)
+                return None
+            if found is None or (flags & RENAME_EXCHANGE and not waiting):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), source[1])
+            also = self._moves.get(found[0])
+            if also is not None and also is not mine:  # by another of its names
+                first = [also]
+            elif flags & RENAME_EXCHANGE or not stat.S_ISREG(found[1].mode):
+                first = waiting
+                if not waiting:
+                    self._vacate(target)
+            else:
+                deferred, lost = self._rename_file(found[0], found[1].ino, source, target, flags)
+        for move in first:
+            self.settle(move)
+        if deferred is not None:
+            self.on_deferred(deferred)
+        return lost
 
     def _rename_file(
         self, ino: int, number: int, source: Place, target: Place, flags: int
