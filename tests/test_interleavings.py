@@ -25,9 +25,10 @@ from wbfuse.store.contract import ROOT_INO, Change, FencedError, Store
 from wbfuse.store.directory import DirectoryStore
 from wbfuse.wire.constants import FATTR_MTIME, UNIQUE_RESEND
 from wbfuse.wire.requests import Setattr
+from wbfuse.writeback import quarantine
 from wbfuse.writeback.cache import WritebackCache
 from wbfuse.writeback.cached_file import File
-from wbfuse.writeback.engine import Engine
+from wbfuse.writeback.engine import _TRIES, Engine
 from wbfuse.writeback.file import Generation
 from wbfuse.writeback.renames import DeferredRenames
 
@@ -567,8 +568,13 @@ def test_a_fenced_file_is_set_aside_and_others_in_its_commit_are_not(source: Pat
 
 
 @pytest.mark.parametrize("error", [errno.EFBIG, errno.ESTALE])
-def test_what_fails_for_good_is_set_aside_after_some_tries_and_what_may_pass_is_not(source: Path, error: int) -> None:
+def test_what_fails_for_good_is_set_aside_after_some_tries_and_what_may_pass_is_not(
+    source: Path, error: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wbfuse.writeback.engine._FIRST_RETRY", 0.0005)
     stage = Stage(source, expire=3600)
+    passing = [errno.EIO, error]
+    """Others do not count, and begin the count anew."""
     kept: list[int] = []
     tries: list[int] = []
     full, full_fh = stage.create(b"full")
@@ -576,7 +582,9 @@ def test_what_fails_for_good_is_set_aside_after_some_tries_and_what_may_pass_is_
 
     def commit(rounds: Any, _progress: object) -> None:
         tries.append(rounds[0].ino)
-        raise OSError(errno.ENOSPC if rounds[0].ino == full else error, "by the test")
+        if rounds[0].ino == full:
+            raise OSError(errno.ENOSPC, "by the test")
+        raise OSError(passing.pop() if passing else error, "by the test")
 
     stage.store.before["commit"] = commit
     stage.engine.keep = lambda ino, _size, _rounds: kept.append(ino)
@@ -588,9 +596,9 @@ def test_what_fails_for_good_is_set_aside_after_some_tries_and_what_may_pass_is_
             waits = stage.fsync(one, handle)
             assert waits is not None
             assert stage.reply(waits)[1] == number
-        assert wait_until(lambda: bool(kept) and tries.count(full) >= 5)
+        assert wait_until(lambda: bool(kept) and tries.count(full) >= _TRIES)
         assert kept == [ino]
-        assert tries.count(ino) == 5
+        assert tries.count(ino) == 2 + _TRIES
         assert wait_until(lambda: not stage.cache.files[ino].core.generations)
         assert stage.cache.files[full].core.generations
         with pytest.raises(OSError, match=os.strerror(error)):
@@ -666,5 +674,32 @@ def test_a_large_round_is_broken_off_where_nobody_wants_it_any_more(
         assert taken == [MIB]
         assert stage.cache.unwritten == (0 if act is unlink_it else 16 * MIB)
         assert not stage.cache.last_error or act is close_the_mount
+    finally:
+        stage.end()
+
+
+def test_what_is_set_aside_has_nothing_of_what_was_cut_off(source: Path, tmp_path: Path) -> None:
+    stage = Stage(source, expire=3600)
+    ino, fh = stage.create(b"f")
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "by the test")
+
+    stage.store.before["commit"] = fail
+    stage.engine.keep = lambda ino, size, rounds: quarantine.keep(str(tmp_path), "x", ino, "/f", size, rounds)
+    try:
+        stage.start()
+        stage.write(ino, fh, 0, b"A" * MIB)
+        waits = stage.fsync(ino, fh)
+        assert waits is not None
+        assert stage.reply(waits)[1] == errno.EIO
+        f = stage.cache.files[ino]
+        stage.cache.truncate(f, 1, 5000, 1000)
+        stage.write(ino, fh, 0, b"B" * 10)
+        stage.cache.truncate(f, 2, MIB, 1000)
+        assert stage.engine.rescue()
+        (kept,) = quarantine.entries(str(tmp_path))
+        assert Path(kept.data).read_bytes() == (b"B" * 10 + b"A" * 4990).ljust(MIB, b"\0")
+        assert kept.manifest["ranges"] == [[0, MIB]]
     finally:
         stage.end()

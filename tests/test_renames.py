@@ -562,3 +562,29 @@ def test_a_store_that_refuses_the_name_gets_the_data_once(mounter: Mounter) -> N
         subprocess.run(["chattr", "-a", m.source], check=True)
     m.umount()
     assert (m.source / "file").read_bytes() == b"n" * 300_000
+
+
+@needs_mount
+def test_fsync_of_a_replaced_file_does_not_wait_for_one_that_finds_no_room(mounter: Mounter, workdir: Path) -> None:
+    source = workdir / "small"
+    source.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "wbfuse-test", str(source)], check=True)
+    try:
+        (source / "file").write_bytes(b"the old one")
+        m = mounter("--on-close", "background", source=source)
+        replaced = os.open(m.path / "file", os.O_RDWR)
+        with open(source / "filler", "wb") as filler:
+            os.posix_fallocate(filler.fileno(), 0, shutil.disk_usage(source).free)
+        (m.path / "new").write_bytes(b"n" * 300_000)
+        os.rename(m.path / "new", m.path / "file")
+        os.pwrite(replaced, b"THE", 0)
+        os.fsync(replaced)
+        os.close(replaced)
+        with open(m.path / "file", "rb") as f, pytest.raises(OSError, match="No space"):
+            os.fsync(f.fileno())
+        assert (source / "file").read_bytes() == b"THE old one"
+        (source / "filler").unlink()
+        m.umount()
+        assert (source / "file").read_bytes() == b"n" * 300_000
+    finally:
+        subprocess.run(["umount", "-l", str(source)], check=True)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from tests.conftest import force_down, mounted_here, needs_mount
 from tests.test_promises import wait_until
 from wbfuse.filesystem.dispatch import pack_dir, pack_dirplus, routes, wishes_of
+from wbfuse.session.notifier import Notifier
 from wbfuse.session.session import HELPERS
 from wbfuse.testing import posix
 from wbfuse.wire.constants import Cap, Opcode
@@ -245,3 +247,30 @@ def test_a_directory_answer_stops_where_the_buffer_ends_and_looks_nothing_up_in_
     raw = pack_dirplus(((e, lambda i=i: look_up(i)) for i, e in enumerate(entries)), 500)  # type: ignore[misc]
     assert len(raw) == 480
     assert asked == [0, 1, 2]
+
+
+def test_notifications_go_on_where_their_process_dies_and_none_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_process(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with ExitStack() as stack:
+        ends = [stack.enter_context(os.fdopen(fd, mode, buffering=0)) for pair in (os.pipe(), os.pipe())
+                for fd, mode in zip(pair, ("rb", "wb"), strict=True)]  # fmt: skip
+        kernel, fuse, _, lifeline = ends
+        notifier = Notifier(fuse.fileno(), lifeline.fileno())
+        stack.callback(notifier.close)
+
+        def arrives(message: bytes) -> bool:
+            notifier.send([message]).result(60)
+            return kernel.read(100) == message
+
+        assert arrives(b"by a process")
+        first = notifier._apart
+        assert first is not None
+        with monkeypatch.context() as patched:
+            patched.setattr(subprocess, "Popen", no_process)
+            first._process.kill()
+            assert arrives(b"by this one")
+            assert arrives(b"again")
+        assert arrives(b"by another process")
+        assert notifier._apart is not first

@@ -16,6 +16,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -165,15 +166,25 @@ class CachedFileSystem(StoreFileSystem):
 
     def _follow(self, move: Move) -> None:
         """Have a rename carried out once everything that was written to its source so far is durable."""
-        sequel = Sequel(partial(self._carry_out, move), partial(self.renames.give_up, move))
+        sequel = Sequel(
+            partial(self._carry_out, move), partial(self.renames.fail, move), partial(self.renames.give_up, move)
+        )
         f = self.cache.files.get(move.ino)
         f = self.cache.follow(move.ino, self._fresh_attr(move.ino) if f is None else f.attr, sequel)
         move.followed = True
         if f.opens and self.kernel_writeback:
             pulled = self.notify(replies.notify_inval_inode(move.ino, 0, 0))
-            pulled.add_done_callback(lambda _: self.cache.let_follow(f, sequel))
+            pulled.add_done_callback(partial(self._pulled, move, f, sequel))
         else:
             self.cache.let_follow(f, sequel)
+
+    def _pulled(self, move: Move, f: File, sequel: Sequel, done: Future[None]) -> None:
+        error = done.exception()
+        if error is None or isinstance(error, FileNotFoundError):  # which says that the kernel has nothing of it
+            self.cache.let_follow(f, sequel)
+        else:
+            log.warning("a rename of node %d waits, the kernel does not hand over its data: %s", move.ino, error)
+            move.followed = False
 
     def follow_renames(self) -> None:
         """See to all that wait, also of a server before this one."""
@@ -269,6 +280,8 @@ class CachedFileSystem(StoreFileSystem):
         ino, valid = request.nodeid, change.valid
         if valid & _SLOW_CHANGES and not request.blocking:
             raise WouldBlock
+        if valid & FATTR_SIZE and change.size > MAX_OFFSET:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
         f = self._file(request, ino) if valid & FATTR_SIZE else self.cache.files.get(ino)
         same = self._same_times(request, f, change)
         if same is not None:
@@ -284,8 +297,6 @@ class CachedFileSystem(StoreFileSystem):
         if at_once and not request.blocking:
             raise WouldBlock
         if valid & FATTR_SIZE:
-            if change.size > MAX_OFFSET:
-                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
             self._noted(self.cache.truncate, request, f, change.size, time.time_ns())
         wanted = self._change(change, time.time_ns())
         if valid & (FATTR_ATIME | FATTR_MTIME):

@@ -11,6 +11,7 @@ where nobody follows after all it ends the wait itself.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import socket
 import subprocess
@@ -18,9 +19,12 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+
+log = logging.getLogger(__name__)
 
 _SCRIPT = Path(__file__).with_name("notify_process.py")
 
@@ -76,14 +80,18 @@ class Notifier:
         os.writev(self._fd, message)
 
     def _write_apart(self, lifeline: int, message: Sequence[bytes]) -> None:
-        if self._apart is None:
-            self._apart = _Apart(self._fd, lifeline)
-        try:
-            self._apart.write(message)
-        except ConnectionError:  # it was killed: what it did may be done twice
-            self._apart.close()
-            self._apart = _Apart(self._fd, lifeline)
-            self._apart.write(message)
+        for _ in range(2):
+            try:
+                self._apart = self._apart or _Apart(self._fd, lifeline)
+            except OSError as e:
+                log.warning("no process for notifications can be started: %s", e)
+                break
+            try:
+                return self._apart.write(message)
+            except ConnectionError:  # it was killed: what it did may be done twice
+                self._apart.close()
+                self._apart = None
+        return self._write(message)  # better than not at all: it matters only to who is killed just then
 
 
 def _settle(future: Future[None], write: Callable[[Sequence[bytes]], None], message: Sequence[bytes]) -> None:
@@ -100,15 +108,14 @@ class _Apart:
 
     def __init__(self, fd: int, lifeline: int) -> None:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        other_end = os.open(f"/proc/self/fd/{lifeline}", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            given = [fd, theirs.fileno(), other_end]
-            command = [sys.executable, "-I", "-S", str(_SCRIPT), *map(str, given)]
-            # A group of its own: Ctrl-C is for the keeper.
-            self._process = subprocess.Popen(command, pass_fds=given, stdin=subprocess.DEVNULL, process_group=0)
-        finally:
-            theirs.close()
-            os.close(other_end)
+        with ExitStack() as failed:
+            failed.callback(self._channel.close)
+            with theirs, open(f"/proc/self/fd/{lifeline}", "rb", buffering=0) as other_end:
+                given = [fd, theirs.fileno(), other_end.fileno()]
+                command = [sys.executable, "-I", "-S", str(_SCRIPT), *map(str, given)]
+                # A group of its own: Ctrl-C is for the keeper.
+                self._process = subprocess.Popen(command, pass_fds=given, stdin=subprocess.DEVNULL, process_group=0)
+            failed.pop_all()
 
     def write(self, message: Sequence[bytes]) -> None:
         """Raises OSError as the kernel answered, ConnectionError where the process has ended."""

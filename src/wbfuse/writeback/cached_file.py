@@ -26,6 +26,8 @@ class Sequel:
 
     act: Callable[[], None]
     """Raises OSError where it must be tried again."""
+    fail: Callable[[], None]
+    """Called when it, or the data before it, met an error that is told; it is tried again."""
     give_up: Callable[[], None]
     """Called instead where the file can never be committed."""
     generation: int | None = None
@@ -44,8 +46,8 @@ class File:
     """What the cache holds of one file: the pure FileCache and what surrounds it."""
 
     __slots__ = (
-        "attr", "attr_version", "bare", "copying", "core", "error", "error_sequence", "failures", "ino", "lost",
-        "marked", "opens", "retry_at", "sequel", "synced", "syncing", "unlinked", "version", "waiters",
+        "attr", "attr_version", "bare", "copying", "core", "error", "error_sequence", "failures", "hopeless", "ino",
+        "lost", "marked", "opens", "retry_at", "sequel", "synced", "syncing", "unlinked", "version", "waiters",
     )  # fmt: skip
 
     def __init__(self, ino: int, attr: Attr, seal_bytes: int, seal_early: bool) -> None:
@@ -66,6 +68,8 @@ class File:
         self.error_sequence = 0
         """errseq: counts errors; a handle that has seen a lower number has one to report."""
         self.failures = 0
+        self.hopeless = 0
+        """Commits in a row of which the store said what will not pass."""
         self.retry_at = 0.0
         self.syncing = False
         self.copying = False

@@ -21,7 +21,7 @@ from functools import partial
 from wbfuse.store.contract import FencedError, Piece, Round
 from wbfuse.writeback.cache import WritebackCache
 from wbfuse.writeback.cached_file import File, Sequel
-from wbfuse.writeback.file import Generation, plan
+from wbfuse.writeback.file import Generation, contents, plan
 from wbfuse.writeback.pacer import Pacer
 from wbfuse.writeback.records import Record
 
@@ -39,8 +39,9 @@ _LOOK_AGAIN = 1.0
 _LOST = (errno.ESTALE, errno.ENOENT, errno.EBUSY)
 """Of a file that was dirty when its server died: it is gone, or another host has taken it over."""
 _FOR_GOOD = (errno.EFBIG, errno.ESTALE, errno.ENOENT)
-"""Of a commit: the store has no file so large, or has this one no more. It may be tried so often:"""
-_TRIES = 5
+"""Of a commit: the store has no file so large, or has this one no more."""
+_TRIES = 10
+"""How often in a row it may say so: for a minute, in which a server that restarts may come to itself."""
 _HEAVY, _HEAVY_ROUNDS, _HEAVY_STAGED = 1 << 20, 2, 4
 """What a heavy round is, and how many go at once: more where their bytes are staged ahead."""
 _COMPANY = 512
@@ -491,9 +492,10 @@ class Engine:
                 if f.core.end(error == 0) is not None:
                     cache._release(f, [g])
                     self.rounds += 1
+            f.hopeless = f.hopeless + 1 if g is not None and error in _FOR_GOOD else 0
             if error and not _gone(f):
                 answers += self._failed(f, error)
-                if g is not None and error in _FOR_GOOD and f.failures >= _TRIES:
+                if f.hopeless >= _TRIES:
                     self._lose(f, OSError(error, os.strerror(error)))
             elif not error and f.sequel is not None and f.sequel.error:
                 answers += self._sequel_failed(f, f.sequel)
@@ -525,7 +527,7 @@ class Engine:
             with cache.lock:
                 gone = list(f.core.generations)
                 pinned = cache.log.pin(place for g in gone for place in g.extents.places())
-                pieces = [plan(g.extents, 1 << 30, cache.log.view) for g in gone]
+                pieces = [contents(g, f.core.size, cache.log.view) for g in gone]
             try:
                 if gone and self.keep is not None:
                     self.keep(f.ino, f.core.size, pieces)
@@ -553,7 +555,7 @@ class Engine:
                 return
             f.syncing = True  # nobody else takes it up meanwhile
             pinned = cache.log.pin(place for g in gone for place in g.extents.places())
-            pieces = [plan(g.extents, 1 << 30, cache.log.view) for g in gone]
+            pieces = [contents(g, f.core.size, cache.log.view) for g in gone]
         kept = False
         try:
             self.keep(f.ino, f.core.size, pieces)
@@ -600,9 +602,10 @@ class Engine:
             return []
         cache.failed(f, error)
         waiters, f.waiters = f.waiters, []
+        others = [] if f.sequel is None else [f.sequel.fail]
         if f.waited_for and not f.core.generations:
             cache.urgent[f.ino] = f
-        return [partial(w.done, error) for w in waiters]
+        return others + [partial(w.done, error) for w in waiters]
 
     def _warm_loop(self) -> None:
         while not self._stopping and self.cache.log.warm_next():

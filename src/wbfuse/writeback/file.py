@@ -294,6 +294,14 @@ def _look(g: Generation, gaps: list[tuple[int, int]], out: list[tuple[int, int, 
     return older
 
 
+def contents(g: Generation, size: int, view: Callable[[int, int], memoryview]) -> list[Piece]:
+    """All that a generation says of a file that has `size` in the end: zeros from where it was cut, and its extents."""
+    pieces = plan(g.extents, 1 << 30, view)
+    if g.lowest is not None and g.lowest < size:
+        pieces.insert(0, Piece(g.lowest, size - g.lowest, None))
+    return pieces
+
+
 def plan(
     extents: ExtentMap, piece: int, view: Callable[[int, int], memoryview], first: int | None = None
 ) -> list[Piece]:

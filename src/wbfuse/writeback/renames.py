@@ -49,8 +49,6 @@ log = logging.getLogger(__name__)
 Place = tuple[int, bytes]
 """A directory's ino, and a name in it."""
 _GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTDIR)
-_REFUSALS = (errno.EPERM, errno.EACCES, errno.EROFS, errno.EXDEV, errno.EDQUOT, errno.ENOSPC)
-"""Errors that tell of the names, not of a store that is away for a while."""
 _ENTRY = Struct("<QQQBBB")
 """Inos of the source's directory, the target's and the replaced file; lengths of the names."""
 
@@ -71,8 +69,8 @@ class Move:
     """The inode number of the source that applications see in listings."""
     followed: bool = False
     """Somebody sees to it that it is carried out."""
-    refused: bool = False
-    """The store would not have it, and may never: nothing else waits for it."""
+    failed: bool = False
+    """The store would not have it, or its data, and may never: nothing else waits for it."""
 
     def encode(self) -> bytes:
         (parent, name), (newparent, newname) = self.source, self.target
@@ -128,7 +126,7 @@ class DeferredRenames:
 
         One that waits for a name itself does not wait for this as well: two could wait for each other.
         """
-        return ino not in self._moves and not all(move.refused for move in self._victims.get(ino, ()))
+        return ino not in self._moves and not all(move.failed for move in self._victims.get(ino, ()))
 
     def inside(self, directory: int) -> list[Move]:
         """Those that come from or go to a directory."""
@@ -250,14 +248,18 @@ class DeferredRenames:
             try:
                 lost = self._store.rename(*move.source, *move.target, 0)
             except OSError as e:
-                if e.errno in _REFUSALS and not move.refused:
-                    move.refused = True
-                    self.on_released(move.victim)
                 if e.errno not in _GONE or self._ino_at(move.source) == move.ino:
                     raise
                 log.warning("node %d was moved away, so it does not become %r", move.ino, move.target[1])
             self._end(move)
             return lost
+
+    def fail(self, move: Move) -> None:
+        """It, or the data before it, met an error that is told. It is tried again, but holds nothing back meanwhile."""
+        with self._lock:
+            if self._moves.get(move.ino) is move and not move.failed:
+                move.failed = True
+                self.on_released(move.victim)
 
     def give_up(self, move: Move) -> None:
         """The data of the source will never be in the store: what it was to replace stays."""

@@ -15,7 +15,7 @@ from wbfuse.store.directory.nodes import unpack
 from wbfuse.wire.types import Attr
 from wbfuse.writeback.cache import WritebackCache
 from wbfuse.writeback.cached_file import File
-from wbfuse.writeback.file import plan
+from wbfuse.writeback.file import contents
 
 
 @dataclass(slots=True)
@@ -53,7 +53,7 @@ def dirty_files(log_fd: int, journal_fd: int) -> Iterator[Dirty]:
     try:
         for ino, found in cache.inherited().items():
             f: File = cache.replay(ino, Attr(ino, 0), found)
-            rounds = [plan(g.extents, 1 << 30, cache.log.view) for g in f.core.generations]
+            rounds = [contents(g, f.core.size, cache.log.view) for g in f.core.generations]
             yield Dirty(ino, _path(nodes, ino), f.core.size, rounds)
     finally:
         cache.log.close()
