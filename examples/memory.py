@@ -184,4 +184,6 @@ class Memory(wbfuse.FileSystem):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: {sys.argv[0]} MOUNTPOINT")
     wbfuse.serve(Memory(), sys.argv[1], wbfuse.Options(fsname="memory"))

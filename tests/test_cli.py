@@ -319,3 +319,22 @@ echo kept > m/a && "{WBFUSE}" status --json m > status && "{WBFUSE}" umount m
     assert done.returncode == 0, done.stderr
     assert (workdir / "s/a").read_text() == "kept\n"
     assert json.loads((workdir / "status").read_text())["bdi"] == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("s", "."), "would hide"),
+        (("s", "m", "--log", "m/log"), "lies inside"),
+        (("s", "m", "--cache", "c"), "--cache is for volumes"),
+        (("s", "m", "--store-option", "region=x"), "--store-option is for volumes"),
+        (("s", "m", "--log-size", "0"), "is too small"),
+    ],
+)
+def test_what_would_do_harm_or_nothing_is_refused(workdir: Path, words: tuple[str, ...], said: str) -> None:
+    for name in ("s", "m"):
+        (workdir / name).mkdir()
+    refused = wbfuse("mount", *words, cwd=workdir)
+    assert refused.returncode == 2
+    assert said in refused.stderr
+    assert not mounted_here(workdir / "m")

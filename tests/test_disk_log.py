@@ -83,7 +83,7 @@ def test_a_volume_gets_what_its_log_has(mounter: Mounter, log: Path, volume: str
     down(m)
     refused = wbfuse("mount", volume, str(m.path))
     assert refused.returncode == 2
-    assert f"left data in the log {log}" in refused.stderr
+    assert f"may have left data in the log {log}" in refused.stderr
     again = mounter(*options(log), source=volume)
     assert (again.path / "file").read_bytes() == data
     again.umount()
@@ -205,11 +205,12 @@ def test_a_log_is_refused_elsewhere_and_a_source_without_its_log(mounter: Mounte
     assert f"holds the log of {m.source}" in wbfuse(*elsewhere).stderr
     refused = wbfuse("mount", str(m.source), str(m.path))
     assert refused.returncode == 2
-    assert f"left data in the log {log}" in refused.stderr
+    assert f"may have left data in the log {log}" in refused.stderr
     assert "file2" in wbfuse("recover", f"{log}/", check=True).stdout
     assert wbfuse("recover", f"{log}/", "--discard", input="y\nn\n").returncode == 130
     assert "file2" in wbfuse("recover", f"{log}/", "--export", str(workdir / "out"), check=True).stdout
-    assert any((workdir / "out").iterdir())
+    assert (workdir / "out/file2").stat().st_size == 3_000_000
+    assert "file2" in wbfuse("recover", "log", cwd=workdir, check=True).stdout
     assert wbfuse("recover", f"{log}/", "--discard", input="y\ny\n").returncode == 0
     mounter(source=m.source).umount()
     assert not (m.source / ".wbfuse").exists()

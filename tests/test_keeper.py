@@ -188,8 +188,11 @@ def test_a_worker_that_dies_too_often_ends_the_mount_and_its_log_is_kept(
     (entry,) = (workdir / "state/wbfuse/quarantine").iterdir()
     said = wbfuse("recover", entry.name, "--export", str(workdir / "out"), check=True).stdout
     assert "4 B of /a\n" in said
-    (file,) = (workdir / "out").iterdir()
-    assert file.read_bytes() == b"kept"
+    assert (workdir / "out/a").read_bytes() == b"kept"
+    assert "said last: " in wbfuse("status", str(m.path)).stderr
+    again = wbfuse("mount", str(m.source), str(m.path), "--log-size", "64MiB", check=True)
+    assert "1 in quarantine" in again.stderr
+    m.umount()
     assert wbfuse("recover", entry.name, "--discard", input="y\n").returncode == 0
     assert not entry.exists()
 

@@ -8,6 +8,7 @@ import signal
 import sys
 
 import click
+from click.core import ParameterSource
 
 from wbfuse.cli.policy import PolicyError, choose
 from wbfuse.cli.stores import collect_options, store_options
@@ -18,6 +19,13 @@ from wbfuse.control.paths import ControlError, log_path, make_runtime_dir
 from wbfuse.session.mount import MountError, check_mountpoint
 from wbfuse.store.shaped import Shape
 from wbfuse.writeback.log import free_memory
+from wbfuse.writeback.quarantine import default_directory, entries
+
+_OF_VOLUMES = frozenset({
+    "endpoint", "access_key", "secret_key", "profile", "store_option", "cache_dir", "cache_size", "lease_wait",
+    "attr_timeout", "session_timeout", "compact_rate", "dump_interval",
+})  # fmt: skip
+"""Options that mean nothing to a directory."""
 
 
 def default_log_size() -> int:
@@ -157,12 +165,13 @@ def mount(
         path = check_mountpoint(mountpoint)
         volume = "://" in source
         inside = _absolute(source) if volume else os.path.realpath(source)
-        if not volume and os.path.commonpath([path, inside]) == inside and os.path.isdir(inside):
-            raise MountError(f"{path}: lies inside {inside}; the mount would serve itself; choose another directory")
+        if not volume:
+            _check_places(path, inside)
+            _check_no_volume_options(source)
         if shared:
             _check_shared(volume, kernel_cache)
         read_only = read_only or "ro" in words
-        _check_log(log_dir, fsync, policy == "writethrough" or read_only, None if volume else inside)
+        _check_log(log_dir, fsync, policy == "writethrough" or read_only, [path] if volume else [path, inside])
         wanted = kernel_cache or ("writethrough" if shared else None)
         cache, message = choose(policy, wanted, os.geteuid() == 0)
         make_runtime_dir()
@@ -204,7 +213,16 @@ def mount(
         ).run()
     else:
         code = start(spec)
+        if code == 0:
+            _remind(spec.name)
     sys.exit(code)
+
+
+def _remind(source: str) -> None:
+    """Say what earlier mounts of it could not bring to its store."""
+    kept = [entry for entry in entries(default_directory()) if entry.manifest.get("source") == source]
+    if kept:
+        click.echo(f"wbfuse: {source}: {len(kept)} in quarantine, never stored; see: wbfuse recover", err=True)
 
 
 def _check_shared(volume: bool, kernel_cache: str | None) -> None:
@@ -216,16 +234,37 @@ def _check_shared(volume: bool, kernel_cache: str | None) -> None:
                           "hosts' changes from being seen")  # fmt: skip
 
 
-def _check_log(log_dir: str | None, fsync: str, nothing_waits: bool, source: str | None) -> None:
-    """Raises PolicyError where there cannot be such a log on disk. `source`: a directory that it must not lie in."""
+def _check_places(mountpoint: str, source: str) -> None:
+    """Raises MountError where one of two directories hides or serves the other."""
+    if not os.path.isdir(source):
+        return
+    above = os.path.commonpath([mountpoint, source])
+    if above == source:
+        raise MountError(f"{mountpoint}: lies inside {source}; the mount would serve itself; choose another directory")
+    if above == mountpoint:
+        raise MountError(f"{mountpoint}: the mount would hide {source}, which it serves; choose another directory")
+
+
+def _check_no_volume_options(source: str) -> None:
+    """Raises PolicyError where the caller gave what would do nothing."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        given = context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
+        if given and option.name in _OF_VOLUMES:
+            raise PolicyError(f"{option.opts[0]} is for volumes, and {source} is a directory")
+
+
+def _check_log(log_dir: str | None, fsync: str, nothing_waits: bool, outside: list[str]) -> None:
+    """Raises PolicyError where there cannot be such a log on disk. `outside`: directories that it must not lie in."""
     if log_dir is None:
         if fsync == "log":
             raise PolicyError("--fsync log needs --log DIR: without it the log is gone with the machine's memory")
         return
     if nothing_waits:
         raise PolicyError("--log is for what waits to be written: not with --policy writethrough or --read-only")
-    if source is not None and os.path.commonpath([os.path.realpath(log_dir), source]) == source:
-        raise PolicyError(f"--log {log_dir} lies inside {source}; choose another directory")
+    for directory in outside:
+        if os.path.commonpath([os.path.realpath(log_dir), directory]) == directory:
+            raise PolicyError(f"--log {log_dir} lies inside {directory}; choose another directory")
 
 
 def _absolute(meta: str) -> str:

@@ -8,14 +8,14 @@ import time
 import click
 
 from wbfuse.cli.units import show_size
-from wbfuse.control.disk import is_note_of, notes
+from wbfuse.control.disk import is_note_of, notes, unwritten
 from wbfuse.store.contract import SourceError
 from wbfuse.writeback.disk.directory import Directory
 from wbfuse.writeback.disk.load import load
 from wbfuse.writeback.log import LogError
 from wbfuse.writeback.quarantine import Kept, default_directory, discard, entries, write_out
 from wbfuse.writeback.quarantine import export as export_entry
-from wbfuse.writeback.salvage import dirty_files, in_memory
+from wbfuse.writeback.salvage import Dirty, dirty_files, in_memory
 
 
 def _line(kept: Kept) -> str:
@@ -28,7 +28,7 @@ def _line(kept: Kept) -> str:
 
 
 def _of_a_log(log: int, journal: int, directory: str | None) -> int:
-    """Show the dirty files of a log; with `directory`, write them there under their numbers. Answers how many."""
+    """Show the dirty files of a log; with `directory`, write them there under their paths. Answers how many."""
     count = 0
     try:
         if directory is not None:
@@ -38,12 +38,19 @@ def _of_a_log(log: int, journal: int, directory: str | None) -> int:
             size = sum(piece.length for pieces in dirty.rounds for piece in pieces)
             click.echo(f"  {show_size(size)} of {dirty.path or 'inode ' + str(dirty.ino)}")
             if directory is not None:
-                target = os.path.join(directory, str(dirty.ino))
+                target = os.path.join(directory, _below(dirty))
+                os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
                 ranges = write_out(target, dirty.size, dirty.rounds)
                 click.echo(f"    exported to {target}: " + ", ".join(f"{a} to {b}" for a, b in ranges))
     except OSError as e:
         raise click.ClickException(f"{e.filename or directory}: {e.strerror}") from e
     return count
+
+
+def _below(dirty: Dirty) -> str:
+    """Where below a directory an export goes: nowhere else, whatever the log says."""
+    parts = [part for part in dirty.path.split("/") if part]
+    return os.path.join(*parts) if parts and ".." not in parts and "?" not in parts else f"inode-{dirty.ino}"
 
 
 def _log_on_disk(path: str, export: str | None, throw: bool) -> None:
@@ -94,8 +101,8 @@ def _give_up(source: str) -> None:
     if not found:
         raise click.UsageError(f"{source}: knows of no log that was left")
     for note in found:
-        click.echo(f"{source}: {note}")
-    _ask_twice("forget this log")
+        click.echo(f"{source}: its last mount may have left data in {unwritten(note, anywhere=True) or note}")
+    _ask_twice("have that forgotten")
     forget()
     click.echo("forgotten")
 
@@ -114,7 +121,7 @@ def recover(name: str | None, export: str | None, throw: bool, source: str | Non
     mounts that were told to end or whose server died too often.
 
     --export gives a sparse file with the bytes that were written, and holes where nothing was; the ranges are shown. Of
-    a whole log it gives a directory with such a file for each.
+    a whole log it gives a directory with such a file for each, under its path.
     """
     try:
         if source is not None:
@@ -138,6 +145,9 @@ def _quarantined(name: str | None, export: str | None, throw: bool) -> None:
             click.echo("nothing is in quarantine")
         return
     named = [k for k in found if k.name == name]
+    if not named and os.path.isdir(name):
+        _log_on_disk(name, export, throw)
+        return
     if not named:
         raise click.UsageError(f"{name}: not in quarantine; see: wbfuse recover")
     kept = named[0]

@@ -11,7 +11,7 @@ import click
 
 from wbfuse.cli.units import show_size
 from wbfuse.control.client import ask, place_of
-from wbfuse.control.paths import ControlError, find_socket, sockets
+from wbfuse.control.paths import ControlError, find_socket, last_words, sockets
 
 _PATIENCE = 10.0
 """Seconds for each of all mounts: one whose worker is on its way must not keep the others from being shown."""
@@ -56,7 +56,7 @@ def status(mountpoint: str | None, as_json: bool) -> None:
             raise ControlError("no wbfuse mount of yours answers here")
         one = _status(socket)
     except ControlError as e:
-        raise click.UsageError(f"{place}: {e}") from e
+        raise click.UsageError(f"{place}: {e}{last_words(place)}") from e
     if as_json:
         click.echo(json.dumps(one, indent=2))
     else:

@@ -14,7 +14,7 @@ import click
 
 from wbfuse.cli.units import show_size
 from wbfuse.control.client import EndedError, ask, persist, place_of
-from wbfuse.control.paths import ControlError, find_socket
+from wbfuse.control.paths import ControlError, find_socket, last_words
 from wbfuse.journal import VERSION
 from wbfuse.session.mount import MountError, find_mount, unmount
 
@@ -82,7 +82,7 @@ def umount(mountpoint: str, lazy: bool) -> None:
     found = find_mount(path)
     try:
         if found is None:
-            raise click.UsageError(f"{path}: nothing is mounted here")
+            raise click.UsageError(f"{path}: nothing is mounted here{last_words(path)}")
         if not found.fstype.startswith("fuse.wbfuse"):
             raise click.UsageError(f"{path}: a mount of {found.fstype}, not of wbfuse; use: umount {path}")
         try:
@@ -96,7 +96,7 @@ def umount(mountpoint: str, lazy: bool) -> None:
             if socket is not None:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(socket)
-            click.echo(f"{path}: its server was gone; the dead mount is removed", err=True)
+            click.echo(f"{path}: its server was gone; the dead mount is removed{last_words(path)}", err=True)
     except MountError as e:
         raise click.ClickException(str(e)) from e
 

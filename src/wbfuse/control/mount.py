@@ -278,10 +278,8 @@ class Mount:
             )
         if note is None or ours:
             return
-        how = unwritten(note, anywhere=True)
-        raise LogError(
-            f"{self.spec.name}: the last mount left data in {how}; or give it up: wbfuse recover --of {self.spec.name}"
-        )
+        name, how = self.spec.name, unwritten(note, anywhere=True)
+        raise LogError(f"{name}: the last mount may have left data in {how}; or give it up: wbfuse recover --of {name}")
 
     def _begin_log(self) -> None:
         if self._log_dir is not None and self.cache is not None:
@@ -308,7 +306,8 @@ class Mount:
     def _set_aside(self, ino: int, size: int, rounds: list[list[Piece]]) -> None:
         """Dirty data of a file that another host has taken over goes to quarantine."""
         try:
-            path = "" if self.impatient else self._store.path_of(ino)  # which may wait for what does not answer
+            # A database may not answer.
+            path = "" if self.impatient and self.spec.is_volume else self._store.path_of(ino)
         except OSError:
             path = ""  # the database may be just what cannot be reached
         directory = quarantine.default_directory()
@@ -432,7 +431,8 @@ class Mount:
             except OSError as e:
                 why = e.strerror or str(e)
             left = self.cache.unwritten
-            log.error("%d bytes are not durable: %s; trying again", left, why)
+            if not self.impatient:
+                log.error("%d bytes are not durable: %s; trying again", left, why)
             if self._impatient.wait(1.0):
                 self.left = max(left, 1)  # it may be names alone
                 self._rescue()

@@ -47,6 +47,12 @@ def log_path(mountpoint: str) -> str:
     return f"{runtime_dir()}/{_key(mountpoint)}.log"
 
 
+def last_words(mountpoint: str) -> str:
+    """Where to read why a mount is not there any more, as the end of a message; empty where nothing is known."""
+    path = log_path(mountpoint)
+    return f"; what its server said last: {path}" if os.path.exists(path) else ""
+
+
 def sockets() -> list[str]:
     """Every control socket that the caller may reach: its own, and for root everybody's."""
     places = [runtime_dir()]

@@ -77,9 +77,7 @@ class Geometry:
     """Where things stand in a log of `size` bytes. Raises LogError where that is too small."""
 
     def __init__(self, size: int, max_write: int) -> None:
-        if not 0 < max_write <= size:
-            raise LogError(f"a log of {size} bytes cannot take payloads of {max_write}")
-        self.segment_size = segment_size(size, max_write)
+        self.segment_size = segment_size(max(size, max_write), max_write)
         self.count = size // self.segment_size
         if self.count < 4:
             raise LogError(

@@ -171,7 +171,8 @@ def write_out(target: str, size: int, rounds: Iterable[list[Piece]]) -> list[tup
 
 def export(kept: Kept, target: str) -> None:
     """Copy the bytes of an entry to a new file, holes as holes. Raises OSError."""
-    with open(kept.data, "rb") as source, open(target, "xb") as out:
+    out_fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(kept.data, "rb") as source, os.fdopen(out_fd, "wb") as out:
         size = os.fstat(source.fileno()).st_size
         out.truncate(size)
         at = 0

@@ -11,7 +11,7 @@ from typing import Any
 from wbfuse.journal import Journal
 from wbfuse.journal import Kind as Entry
 from wbfuse.store.contract import Piece
-from wbfuse.store.directory.nodes import unpack
+from wbfuse.store.directory.nodes import path_of, unpack
 from wbfuse.wire.types import Attr
 from wbfuse.writeback.cache import WritebackCache
 from wbfuse.writeback.cached_file import File
@@ -54,7 +54,7 @@ def dirty_files(log_fd: int, journal_fd: int) -> Iterator[Dirty]:
         for ino, found in cache.inherited().items():
             f: File = cache.replay(ino, Attr(ino, 0), found)
             rounds = [contents(g, f.core.size, cache.log.view) for g in f.core.generations]
-            yield Dirty(ino, _path(nodes, ino), f.core.size, rounds)
+            yield Dirty(ino, path_of(lambda at: nodes.get(at, []), ino), f.core.size, rounds)
     finally:
         cache.log.close()
 
@@ -72,12 +72,3 @@ def in_memory(path: str) -> int:
                 break
             at += n
     return fd
-
-
-def _path(nodes: dict[int, list[tuple[int, bytes]]], ino: int) -> str:
-    names: list[str] = []
-    at = ino
-    while nodes.get(at) and len(names) < 4096:
-        at, name = nodes[at][-1]
-        names.append(os.fsdecode(name))
-    return "/" + "/".join(reversed(names)) if names and at == 1 else ""

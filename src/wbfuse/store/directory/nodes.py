@@ -14,6 +14,7 @@ Lock: the store's `_table` guards all of it, for an instant at a time.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from struct import Struct
@@ -57,6 +58,16 @@ class Node:
     def orphan(self) -> bool:
         """It has a link in the orphanage, which nobody shall see counted."""
         return any(parent == ORPHANAGE for parent, _ in self.places)
+
+
+def path_of(places: Callable[[int], list[Place]], ino: int) -> str:
+    """A path by the freshest names, for people; empty where one is not known. `places`: those of a node."""
+    names: list[str] = []
+    at = ino
+    while at != ROOT_INO and len(names) < 4096 and (known := places(at)):
+        at, name = known[-1]
+        names.append(os.fsdecode(name))
+    return "/" + "/".join(reversed(names)) if names and at == ROOT_INO else ""
 
 
 def pack(identity: Identity, kind: int, removed: bool, places: list[Place], handle: bytes = b"") -> bytes:

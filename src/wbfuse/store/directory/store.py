@@ -24,7 +24,7 @@ from wbfuse.store.contract import ROOT_INO, Capabilities, Change, Found, Owner, 
 from wbfuse.store.directory import syscalls
 from wbfuse.store.directory.data import DirectoryData
 from wbfuse.store.directory.fds import Fd, FdCache
-from wbfuse.store.directory.nodes import ORPHANAGE, Node, Nodes, Place
+from wbfuse.store.directory.nodes import ORPHANAGE, Node, Nodes, Place, path_of
 from wbfuse.wire.constants import RENAME_EXCHANGE, RENAME_NOREPLACE
 from wbfuse.wire.types import Attr, Dirent, Statfs
 
@@ -508,6 +508,13 @@ class DirectoryStore(DirectoryData, Store):
             if flags & RENAME_EXCHANGE:
                 return 0, 0
             return self._lost(target, new, links - 1)
+
+    def path_of(self, ino: int) -> str:
+        def places(at: int) -> list[Place]:
+            node = self._nodes.by_ino.get(at)
+            return node.places if node is not None else []
+
+        return path_of(places, ino)
 
     # listing
 

@@ -162,7 +162,7 @@ class Session:
             if note is not None and (how := self.unwritten(note)):
                 where = self._database.url.render_as_string()
                 raise VolumeBusyError(
-                    f"the last mount here left data in {how}; or give it up: wbfuse recover --of {where}"
+                    f"the last mount here may have left data in {how}; or give it up: wbfuse recover --of {where}"
                 )
             if note is not None:
                 log.warning("session %d of %s has data in a log on disk: %s", holder.session, holder.host, note)
