@@ -174,17 +174,15 @@ class CachedFileSystem(StoreFileSystem):
         move.followed = True
         if f.opens and self.kernel_writeback:
             pulled = self.notify(replies.notify_inval_inode(move.ino, 0, 0))
-            pulled.add_done_callback(partial(self._pulled, move, f, sequel))
+            pulled.add_done_callback(partial(self._pulled, f, sequel))
         else:
             self.cache.let_follow(f, sequel)
 
-    def _pulled(self, move: Move, f: File, sequel: Sequel, done: Future[None]) -> None:
+    def _pulled(self, f: File, sequel: Sequel, done: Future[None]) -> None:
         error = done.exception()
-        if error is None or isinstance(error, FileNotFoundError):  # which says that the kernel has nothing of it
-            self.cache.let_follow(f, sequel)
-        else:
-            log.warning("a rename of node %d waits, the kernel does not hand over its data: %s", move.ino, error)
-            move.followed = False
+        if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENODEV):  # it has nothing of it
+            log.warning("the kernel does not hand over the data of node %d, which is renamed: %s", f.ino, error)
+        self.cache.let_follow(f, sequel)
 
     def follow_renames(self) -> None:
         """See to all that wait, also of a server before this one."""

@@ -448,13 +448,11 @@ class Engine:
 
     def _progress_of(self, rounds: list[Round]) -> Callable[[int], None]:
         """What the store tells of these. A round of one file alone is broken off where nobody wants it any more."""
-        if len(rounds) > 1:
-            return self._progress
-        f = self.cache.files[rounds[0].ino]
+        f = self.cache.files.get(rounds[0].ino) if len(rounds) == 1 else None
 
         def progress(done: int) -> None:
             self._progress(done)
-            if self.cache.closing or _gone(f):
+            if f is not None and (self.cache.closing or _gone(f)):
                 raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
 
         return progress
