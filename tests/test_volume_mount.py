@@ -384,3 +384,33 @@ def test_status_tells_of_the_volume(mounter: Mounter, volume: str) -> None:
     assert found["kernel_cache"] == "writethrough"
     assert "shared" in wbfuse("status", str(m.path), check=True).stdout
     assert json.loads(wbfuse("status", "--json", str(m.path), check=True).stdout)["store"]["bytes_fetched"] == 0
+
+
+def test_nothing_is_written_beneath_the_mount_point_of_a_bucket_whose_disk_is_gone(
+    mounter: Mounter, workdir: Path
+) -> None:
+    disk, objects = workdir / "disk", workdir / "objects"
+    disk.mkdir()
+    objects.mkdir()
+    bind = ["mount", "--bind", str(disk), str(objects)]
+    subprocess.run(bind, check=True)
+    try:
+        meta = f"sqlite:///{workdir}/v.db"
+        wbfuse("format", meta, "--data", f"file://{objects}", check=True)
+        m = mounter("--on-close", "background", source=meta)
+        with open(m.path / "a", "wb") as f:
+            f.write(os.urandom(300_000))
+            f.flush()
+            os.fsync(f.fileno())
+            subprocess.run(["umount", str(objects)], check=True)
+            f.write(os.urandom(300_000))
+            f.flush()
+            with pytest.raises(OSError, match="Input/output"):
+                os.fsync(f.fileno())
+            assert os.listdir(objects) == []
+            subprocess.run(bind, check=True)
+            os.fsync(f.fileno())
+        m.umount()
+        assert wbfuse("check", meta, "--data").stdout == "0 problems\n"
+    finally:
+        subprocess.run(["umount", "-l", str(objects)], check=False)

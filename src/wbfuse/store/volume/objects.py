@@ -174,11 +174,17 @@ class Objects:
 
     def put(self, key: str, buffers: Sequence[memoryview | bytes], replace: bool = False) -> None:
         """Make the object; durable when this returns. EEXIST where it is there, unless it may be replaced."""
+        self._check_mounted()
         with _told(key):
             mode: Any = "overwrite" if replace else "create"
             obstore.put(self._store, key, iter(buffers), mode=mode, use_multipart=False)
             if self._root is not None:
                 self._persist(key)
+
+    def _check_mounted(self) -> None:
+        """Objects would be made beneath a mount point whose disk is gone. Raises EIO: it may come back."""
+        if self._root is not None and self.owner and not os.path.exists(os.path.join(self._root, MARK)):
+            raise OSError(errno.EIO, f"{self._root}: the mark of the volume is not there; is its disk mounted?")
 
     def _persist(self, key: str) -> None:
         """A local directory forgets in a power cut what was not synced: the file, and the names on its path."""
