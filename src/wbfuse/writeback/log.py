@@ -77,6 +77,8 @@ class Geometry:
     """Where things stand in a log of `size` bytes. Raises LogError where that is too small."""
 
     def __init__(self, size: int, max_write: int) -> None:
+        if max_write <= 0:
+            raise LogError(f"a log cannot take payloads of {max_write} bytes")
         self.segment_size = segment_size(max(size, max_write), max_write)
         self.count = size // self.segment_size
         if self.count < 4:

@@ -1,8 +1,8 @@
-r"""The pacer: lets the replies of WRITEs go when the limits say so, and asks again for those that found no room.
+"""The pacer: lets the replies of WRITEs go when the limits say so, and asks again for those that found no room.
 
 taken, beyond freerun --> parked --limits.ready_at--> answered
 no room at all -------> overflowed --an eighth of the log is free--> all of them are sent again (NOTIFY_RESEND)
-                             \--full_timeout, or the mount ends--> refused
+                             '--full_timeout, or the mount ends--> refused
 """
 
 from __future__ import annotations
