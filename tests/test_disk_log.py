@@ -384,6 +384,28 @@ def test_a_file_that_is_replaced_is_the_old_or_the_new_one(mounter: Mounter, log
 
 
 @needs_mount
+@pytest.mark.parametrize("kind", ["directory", "volume"])
+def test_a_file_that_is_whole_only_in_the_log_is_so_though_it_waits_to_be_replaced(
+    mounter: Mounter, log: Path, volume: str, kind: str
+) -> None:
+    """Saved twice, fsynced by the log each time; of the first the store has a part when everybody dies."""
+    m = mounter(*options(log, *SLOW), source=volume if kind == "volume" else None)
+    contents = [os.urandom(4 << 20), os.urandom(4 << 20)]
+    for n, data in enumerate(contents):
+        with open(m.path / f"new{n}", "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.rename(m.path / f"new{n}", m.path / "doc")
+    down(m)
+    again = mounter(*options(log), source=m.source)
+    assert (again.path / "doc").read_bytes() in contents
+    again.umount()
+    again = mounter(source=m.source)
+    assert (again.path / "doc").read_bytes() in contents
+
+
+@needs_mount
 @pytest.mark.parametrize("fsync", ["log", "store"])
 def test_after_a_power_cut_each_file_is_at_a_point_of_its_history(mounter: Mounter, workdir: Path, fsync: str) -> None:
     """Source and log on one ext4 that loses what was not synced."""

@@ -619,3 +619,13 @@ def test_changes_without_payload_fill_the_log_and_leave_names_quick(
         assert child.stdout.readline() == b"done\n"
     m.umount()
     assert (m.source / "f").stat().st_size == 1 << 20 | 19_999
+
+
+@needs_mount
+def test_syncfs_meets_no_error_of_a_file_that_is_gone(mounter: Mounter) -> None:
+    """The kernel writes the time of an unlink back when the node is forgotten here already."""
+    m = mounter()
+    for n in range(20):
+        (m.path / f"f{n}").write_bytes(b"x")
+        (m.path / f"f{n}").unlink()
+        subprocess.run(["sync", "-f", str(m.path)], check=True)

@@ -8,6 +8,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import delete, func, insert, select, update
@@ -283,6 +284,34 @@ def test_a_pack_that_is_mostly_dead_is_emptied_and_collected(volume_store: Volum
     assert shared not in objects_of(store)
     assert read_all(store, made[9], FRAME) == data[made[9]]
     assert store.database.query(lambda c: thin_inodes(c, 10)) == []
+
+
+def test_a_clone_that_goes_on_while_it_is_brought_to_its_own_layer_is_whole(
+    volume_store: VolumeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second piece comes between two transactions: it raises what the file shows of the layer below."""
+    store, size = volume_store, 2 << 20
+    a, _ = store.create(ROOT_INO, b"a", 0o644, ME)
+    put(store, a, os.urandom(2 * size))
+    for i in range(10):  # many layers deep
+        clone, _ = store.create(ROOT_INO, b"c%d" % i, 0o644, ME)
+        store.copy_range(a, 0, clone, 0, 2 * size)
+        store.write(a, i * 4096, os.urandom(4096))
+    last, _ = store.create(ROOT_INO, b"last", 0o644, ME)
+    store.copy_range(a, 0, last, 0, 2 * size)
+    b, _ = store.create(ROOT_INO, b"b", 0o644, ME)
+    assert store.copy_range(a, 0, b, 0, size) == size
+    transact = store.database.transact
+
+    def then(*args: Any, **kwargs: Any) -> Any:
+        done = transact(*args, **kwargs)
+        monkeypatch.undo()
+        assert store.copy_range(a, size, b, size, size) == size
+        return done
+
+    monkeypatch.setattr(store.database, "transact", then)
+    store.compactor.compact(b)
+    assert read_all(store, b, 2 * size) == read_all(store, a, 2 * size)
 
 
 def test_a_file_that_was_cloned_often_stands_on_few_layers_again(volume_store: VolumeStore) -> None:

@@ -82,6 +82,7 @@ class CachedFileSystem(StoreFileSystem):
         renames.waits = self._may_be_behind
         renames.settle = self._settle
         renames.on_released = cache.let_go_on
+        renames.on_gone = self._lost
         self._following = threading.Lock()
         """Held by who sees to renames that wait; the cache's lock is inside it."""
         cache.held_back = renames.is_replaced
@@ -120,7 +121,7 @@ class CachedFileSystem(StoreFileSystem):
         super().take_over()
         for f in list(self.cache.files.values()):
             if f.attr.nlink == 0 and not f.opens:
-                self.cache.unlinked(f.ino)  # who had it open is gone with the mount
+                self.gone(f.ino)  # who had it open is gone with the mount
 
     def _take_over(self, handle: Handle) -> None:
         self._attach(handle)
@@ -228,7 +229,14 @@ class CachedFileSystem(StoreFileSystem):
                 f.version += 1
 
     def gone(self, ino: int) -> None:
-        self.cache.unlinked(ino)
+        """Its last name is lost. What waits to be replaced keeps its data: it may have to be the file again."""
+        if not self.renames.is_victim(ino):
+            self.cache.unlinked(ino)
+            return
+        with self.cache.lock:
+            f = self.cache.files.get(ino)
+            if f is not None:
+                f.attr.nlink = 0
 
     def _file(self, request: Request, ino: int) -> File:
         """The cache's state of `ino`, read from the store where it is new (which may block)."""
@@ -245,10 +253,10 @@ class CachedFileSystem(StoreFileSystem):
             self.store.drop(ino)
 
     def _fresh_attr(self, ino: int) -> Attr:
-        """The store's attributes, not older than what the cache has let go meanwhile."""
+        """The attributes of a file, not older than what the cache has let go meanwhile."""
         while True:
             epoch = self.cache.epoch
-            attr = self.store.getattr(ino)
+            attr = self.shown(ino, self.store.getattr(ino))
             if not self.cache.let_go_since(epoch, ino):
                 return attr
 
@@ -259,8 +267,9 @@ class CachedFileSystem(StoreFileSystem):
                 ino, attr = self.store.lookup(request.nodeid, name, nowait=not request.blocking)
             except BlockingIOError:
                 raise WouldBlock from None
+            entry = self._entry((ino, attr))  # first: what it takes from the cache may be let go in between
             if not self.cache.let_go_since(epoch, ino):
-                return self._entry((ino, attr))
+                return entry
             self.store.forget(ino, 1)
 
     def getattr(self, request: Request, fh: int | None) -> Attr:
@@ -268,7 +277,7 @@ class CachedFileSystem(StoreFileSystem):
         if f is not None:
             return f.shown()
         if request.blocking:
-            return self.shown(request.nodeid, self._fresh_attr(request.nodeid))
+            return self._fresh_attr(request.nodeid)
         try:
             return self.store.getattr(request.nodeid, nowait=True)
         except BlockingIOError:
@@ -319,6 +328,13 @@ class CachedFileSystem(StoreFileSystem):
                 known = self.store.getattr(request.nodeid, nowait=not request.blocking)
             except BlockingIOError:
                 return None
+            except OSError as e:
+                if e.errno not in (errno.ESTALE, errno.ENOENT):
+                    raise
+                # Removed a moment ago; an error here would be one of the next syncfs(2).
+                return Attr(
+                    request.nodeid, stat.S_IFREG, 0, mtime_ns=change.mtime_ns, ctime_ns=change.mtime_ns, nlink=0
+                )
         return known if known.mtime_ns == change.mtime_ns else None
 
     @staticmethod

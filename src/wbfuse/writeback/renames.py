@@ -69,6 +69,8 @@ class Move:
     """The inode number of the source that applications see in listings."""
     followed: bool = False
     """Somebody sees to it that it is carried out."""
+    lost: tuple[int, int] = (0, 0)
+    """What the store answered when the replaced file was removed from the target before this was carried out."""
     failed: bool = False
     """The store would not have it, or its data, and may never: nothing else waits for it."""
 
@@ -103,6 +105,8 @@ class DeferredRenames:
         """Whether data of a regular file may not be durable in the store."""
         self.on_released: Callable[[int], None] = lambda _ino: None
         """Called when nothing of a file is held back any more (see `is_replaced`)."""
+        self.on_gone: Callable[[int, int], None] = lambda _ino, _links: None
+        """Called with a replaced file that lost its name otherwise than by being replaced, as Store.unlink answers."""
         self.on_deferred: Callable[[Move], None] = lambda _move: None
         """Called when a rename has been taken; it is to be carried out once the data of its source is durable."""
         self.settle: Callable[[Move], object] = self.carry_out
@@ -127,6 +131,10 @@ class DeferredRenames:
         One that waits for a name itself does not wait for this as well: two could wait for each other.
         """
         return ino not in self._moves and not all(move.failed for move in self._victims.get(ino, ()))
+
+    def is_victim(self, ino: int) -> bool:
+        """Whether the store still has the file under a name that is another's, and will where that one never comes."""
+        return ino in self._victims
 
     def inside(self, directory: int) -> list[Move]:
         """Those that come from or go to a directory."""
@@ -221,6 +229,7 @@ class DeferredRenames:
             del self._victims[move.victim]
         if not self.is_replaced(move.victim):
             self.on_released(move.victim)
+        self.on_gone(*move.lost)
         self._release(move.held)
 
     def _hold(self, move: Move) -> None:
@@ -406,7 +415,7 @@ class DeferredRenames:
             with self._lock:
                 move = self._at.get(place)
                 if move is not None:
-                    self._remove(move.target)
+                    move.lost = self._remove(move.target)
                     lost = self._remove(move.source)
                     self._end(move)
                     return self._left(lost)
@@ -498,7 +507,7 @@ class DeferredRenames:
         begin = source if mine is None else mine.source
         """Where the store has it."""
         if mine is not None and target == mine.source:  # back to where it came from
-            self._remove(source)
+            mine.lost = self._remove(source)
             self._end(mine)
             return None, (0, 0)
         other = self._at.get(target)
@@ -514,7 +523,7 @@ class DeferredRenames:
         elif replaced is not None:
             lost = replaced[0], replaced[1].nlink  # `_left` takes off what is lost by this one
         if mine is not None:
-            self._remove(source)
+            mine.lost = self._remove(source)
         if replaced is None or (other is not None and replaced[0] == ino):
             if replaced is None:
                 self._store.rename(*begin, *target, flags)

@@ -263,9 +263,9 @@ class VolumeData(VolumeReads):
             use_packs(c, live, {})
             return True
 
-        def leave(c: Connection) -> list[int]:
-            if not mine(c):
-                return []
+        def leave(c: Connection) -> list[int] | None:
+            if not mine(c) or layer_row(c, layer).base_size > base.base_size:  # a clone that went on meanwhile
+                return None
             c.execute(delete(extents).where(extents.c.layer == layer, extents.c.pack == HOLE))
             c.execute(update(layers).where(layers.c.layer == layer).values(base=0, base_size=0, depth=0))
             return leave_layers(c, [base.base])
@@ -274,7 +274,10 @@ class VolumeData(VolumeReads):
             end = min(at + WINDOW, base.base_size)
             if stop() or not self.database.transact(lambda c, at=at, end=end: window(c, at, end)):  # type: ignore[misc]
                 return False
-        self.reaper.put_layers(self.database.transact(leave, durable=True))
+        left = self.database.transact(leave, durable=True)
+        if left is None:
+            return False
+        self.reaper.put_layers(left)
         self.maps.changed(ino, None)
         return True
 
