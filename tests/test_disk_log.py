@@ -405,6 +405,57 @@ def test_a_file_that_is_whole_only_in_the_log_is_so_though_it_waits_to_be_replac
     assert (again.path / "doc").read_bytes() in contents
 
 
+def save(home: Path, name: str, data: bytes) -> None:
+    """As editors do."""
+    fd = os.open(home / f".{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        os.write(fd, data)
+        os.fsync(fd)
+        os.rename(home / f".{name}", home / name)
+    finally:
+        with contextlib.suppress(OSError):  # its server is gone
+            os.close(fd)
+
+
+@needs_mount
+@pytest.mark.parametrize("kind", ["directory", "volume"])
+def test_whatever_was_saved_is_whole_after_everybody_died(
+    mounter: Mounter, log: Path, volume: str, workdir: Path, kind: str
+) -> None:
+    """Saved again and again on a slow store; not older than what an fsync of the directory has promised."""
+    rng, source = random.Random(3), volume if kind == "volume" else workdir / "docs"
+    saved: dict[str, list[bytes]] = {name: [] for name in "abc"}
+    promised: dict[str, int] = {}
+
+    def go_on(home: Path) -> None:
+        directory = os.open(home, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # until it is killed
+            while True:
+                name = rng.choice(list(saved))
+                saved[name].append(rng.randbytes(rng.randrange(1, 1 << 20)))
+                save(home, name, saved[name][-1])
+                if rng.random() < 0.05:
+                    os.fsync(directory)
+                    promised.update({name: len(versions) - 1 for name, versions in saved.items() if versions})
+        with contextlib.suppress(OSError):
+            os.close(directory)
+
+    for _ in range(max(2, KILLS // 10)):
+        m = mounter(*options(log, "--bwlimit", "2MB/s", "--on-close", "background"), source=source)
+        for name, versions in saved.items():
+            if name in promised or (m.path / name).exists():
+                found = (m.path / name).read_bytes()
+                assert found in versions[promised.get(name, 0) :], f"{name}: {len(found)} bytes"
+                versions[:], promised[name] = [found], 0
+            else:
+                versions.clear()
+        saver = threading.Thread(target=go_on, args=(m.path,))
+        saver.start()
+        saver.join(rng.uniform(0.5, 3))  # any moment will do
+        down(m)
+        saver.join()
+
+
 @needs_mount
 @pytest.mark.parametrize("fsync", ["log", "store"])
 def test_after_a_power_cut_each_file_is_at_a_point_of_its_history(mounter: Mounter, workdir: Path, fsync: str) -> None:
