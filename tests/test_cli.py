@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import WBFUSE, Mounter, mounted_here, needs_mount, wbfuse
 from tests.test_promises import wait_until
 from wbfuse.cli import policy, units
+from wbfuse.control import paths
 from wbfuse.store.shaped import Shape
 
 
@@ -338,3 +339,12 @@ def test_what_would_do_harm_or_nothing_is_refused(workdir: Path, words: tuple[st
     assert refused.returncode == 2
     assert said in refused.stderr
     assert not mounted_here(workdir / "m")
+
+
+def test_messages_of_mounts_that_ended_long_ago_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "runtime_dir", lambda: str(tmp_path))
+    for name in ("old.log", "new.log", "served.log", "served.sock"):
+        (tmp_path / name).write_text("")
+        os.utime(tmp_path / name, (0, 900 if name == "new.log" else 100))
+    paths.forget_old(now=1000, age=500)
+    assert sorted(os.listdir(tmp_path)) == ["new.log", "served.log", "served.sock"]

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import time
 
 import click
 from click.core import ParameterSource
@@ -15,7 +16,7 @@ from wbfuse.cli.stores import collect_options, store_options
 from wbfuse.cli.units import RATE, SIZE, SLOW, TIME
 from wbfuse.control.keeper import Keeper
 from wbfuse.control.mount import MIB, Spec
-from wbfuse.control.paths import ControlError, log_path, make_runtime_dir
+from wbfuse.control.paths import ControlError, forget_old, log_path, make_runtime_dir
 from wbfuse.session.mount import MountError, check_mountpoint
 from wbfuse.store.shaped import Shape
 from wbfuse.writeback.log import free_memory
@@ -175,6 +176,7 @@ def mount(
         wanted = kernel_cache or ("writethrough" if shared else None)
         cache, message = choose(policy, wanted, os.geteuid() == 0)
         make_runtime_dir()
+        forget_old(time.time())
         if message:
             click.echo(f"wbfuse: {message}", err=True)
         shape = Shape(slow.rate if slow else None, slow.delay if slow else 0.0, bwlimit)

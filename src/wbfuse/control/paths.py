@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -45,6 +46,17 @@ def socket_path(mountpoint: str, directory: str | None = None) -> str:
 
 def log_path(mountpoint: str) -> str:
     return f"{runtime_dir()}/{_key(mountpoint)}.log"
+
+
+def forget_old(now: float, age: float = 7 * 86400.0) -> None:
+    """Remove messages of mounts that ended badly, seconds after the last of them."""
+    directory = runtime_dir()
+    for name in os.listdir(directory):
+        path = f"{directory}/{name}"
+        if name.endswith(".log") and not os.path.exists(f"{path.removesuffix('.log')}.sock"):
+            with contextlib.suppress(FileNotFoundError):  # somebody else has tidied up
+                if os.stat(path).st_mtime < now - age:
+                    os.unlink(path)
 
 
 def last_words(mountpoint: str) -> str:
