@@ -16,7 +16,7 @@ import pytest
 from tests import servers
 from tests.conftest import Mounter, needs_mount, wbfuse
 from tests.flaky import FlakyProxy
-from tests.test_keeper import KILLS, kill_worker, right, writing
+from tests.test_keeper import KILLS, keeper_of, kill_whoever_serves, kill_worker, right, writing
 from tests.test_promises import wait_until
 
 pytestmark = needs_mount
@@ -41,13 +41,13 @@ def test_writers_notice_nothing_of_an_s3_server_that_fails(
     wbfuse("format", meta, "--data", s3_url, check=True)
     m = mounter("--log-size", "128MiB", "--max-deaths", "10000", "--dirty-expire", "200ms", source=meta)
     rng = random.Random(5)
-    pause = threading.Event()
+    pause, keeper = threading.Event(), keeper_of(m)
     with writing(m, 9) as said:
         for n in range(max(len(MODES), KILLS)):
             proxy.faults = MODES[n % len(MODES)]
             pause.wait(rng.random())  # under load, for any time
             if n % 3 == 2:
-                kill_worker(m)
+                kill_whoever_serves(keeper)
         proxy.faults = {}
     assert said["wrong"] == []
     right(m.path, said["contents"])

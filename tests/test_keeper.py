@@ -363,14 +363,25 @@ def test_a_worker_dies_though_the_kernel_was_asked_to_write_back(mounter: Mounte
     assert (m.source / "file").read_bytes() == data
 
 
+def children(process: int) -> list[int]:
+    return [
+        int(pid) for task in Path(f"/proc/{process}/task").iterdir() for pid in (task / "children").read_text().split()
+    ]
+
+
+def kill_whoever_serves(keeper: int) -> None:
+    """SIGKILL to a worker that may not have come to serve yet, as its store is away."""
+    for pid in children(keeper):
+        os.kill(pid, signal.SIGKILL)
+
+
 def notifying(server: int) -> list[int]:
     """The processes of a server that write notifications, where they wait in the kernel."""
     found = []
-    for task in Path(f"/proc/{server}/task").iterdir():
-        for pid in map(int, (task / "children").read_text().split()):
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-            if state == "D":
-                found.append(pid)
+    for pid in children(server):
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        if state == "D":
+            found.append(pid)
     return found
 
 
