@@ -229,8 +229,8 @@ class DeferredRenames:
             del self._victims[move.victim]
         if not self.is_replaced(move.victim):
             self.on_released(move.victim)
-        self.on_gone(*move.lost)
         self._release(move.held)
+        self.on_gone(*move.lost)
 
     def _hold(self, move: Move) -> None:
         """All or, where it raises OSError, nothing."""
