@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import needs_mount
+from wbfuse.journal import Journal
 from wbfuse.store.contract import ROOT_INO
 from wbfuse.store.directory import DirectoryStore
 from wbfuse.store.directory.data import slice_buffers, split_direct
@@ -99,6 +100,27 @@ def test_orphans_of_a_store_that_died_are_removed(source: Path) -> None:
     subprocess.run([sys.executable, "-c", script, str(source)], check=True)
     assert len(list((source / ".wbfuse/orphans").iterdir())) == 1
     DirectoryStore(str(source)).close()
+    assert not (source / ".wbfuse").exists()
+
+
+def test_an_older_journal_finds_what_was_removed_after_it(source: Path) -> None:
+    """The journal on disk lags. What is replayed into the file is to end with it, not to be an error."""
+    script = (
+        "import os, sys; from wbfuse.store.directory import DirectoryStore; from wbfuse.testing.store import ME\n"
+        "from wbfuse.journal import Journal; j = Journal(int(sys.argv[2]))\n"
+        "s = DirectoryStore(sys.argv[1], journal=j); i, _ = s.create(1, b'a', 0o644, ME); s.hold(i)\n"
+        "os.pwrite(int(sys.argv[3]), os.pread(j.fd, 1 << 20, 0), 0); s.unlink(1, b'a'); print(i); os._exit(0)"
+    )
+    fds = [os.memfd_create("journal", 0) for _ in range(2)]
+    command = [sys.executable, "-c", script, str(source), *map(str, fds)]
+    ino = int(subprocess.run(command, check=True, pass_fds=fds, stdout=subprocess.PIPE).stdout)
+    os.close(fds[0])
+    store = DirectoryStore(str(source), journal=Journal(fds[1]), logged=True, revived=True)
+    store.hold(ino)
+    store.taken_over()
+    assert store.getattr(ino).nlink == 0
+    store.drop(ino)
+    store.close()
     assert not (source / ".wbfuse").exists()
 
 

@@ -147,9 +147,9 @@ class DirectoryStore(DirectoryData, Store):
     def _clear_orphans(self) -> None:
         """Files that were unlinked while open, of a mount that did not end well. Nobody can name them any more.
 
-        Those that the journal's nodes have are open still.
+        Those of the journal's nodes are open, or dirty, still. They bear the node's number, for a journal that is
+        replayed from disk may not have heard of the removal.
         """
-        needed = {name for node in self._nodes.by_ino.values() for parent, name in node.places if parent == ORPHANAGE}
         try:
             private = Fd(os.open(PRIVATE, _DIR_FLAGS, dir_fd=self._root.n))
             orphans = Fd(os.open(_ORPHANS, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=private.n))
@@ -158,7 +158,10 @@ class DirectoryStore(DirectoryData, Store):
         except OSError as e:
             raise SourceError(f"{PRIVATE.decode()}: cannot be used: {e.strerror}") from e
         for name in map(os.fsencode, os.listdir(orphans.n)):
-            if name not in needed:
+            node = self._nodes.find(syscalls.statx(orphans.n, name)[1])
+            if node is not None and name == b"%d" % node.ino:
+                self._nodes.add(node, (ORPHANAGE, name))
+            else:
                 os.unlink(name, dir_fd=orphans.n)
         self._orphanage = orphans
 
