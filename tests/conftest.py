@@ -45,6 +45,8 @@ class Mounted:
     """A Path of a directory, or META of a volume."""
     path: Path
     pids: list[int] = field(default_factory=list)
+    said: str = ""
+    """What the command that mounted it printed on stderr."""
 
     def status(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(wbfuse("status", "--json", str(self.path), check=True).stdout)
@@ -172,6 +174,7 @@ def mounter(workdir: Path) -> Iterator[Mounter]:
             check=False,
         )
         assert done.returncode == 0, done.stderr
+        mounted.said = done.stderr
         return mounted
 
     yield make

@@ -35,6 +35,8 @@ def test_rates_times_and_slowness() -> None:
     assert units.parse_time("20ms") == 0.02
     assert units.parse_slow("50MB/s,20ms") == Shape(rate=5e7, delay=0.02)
     assert units.parse_slow("20ms") == Shape(delay=0.02)
+    with pytest.raises(ValueError, match="20MB/s"):
+        units.parse_rate("20")
     with pytest.raises(ValueError, match="above zero"):
         units.parse_rate("0MB/s")
     assert units.show_size(1536) == "1.5 KiB"

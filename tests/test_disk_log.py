@@ -179,6 +179,7 @@ def test_what_an_unmount_could_not_write_comes_with_the_next_mount(mounter: Moun
     assert wait_until(lambda: not mounted_here(m.path) or not Path(f"/proc/{keeper}").exists() or hurry(keeper))
     assert wait_until(lambda: not Path(f"/proc/{keeper}").exists() or hurry(keeper))
     again = mounter(*options(log), source=m.source)
+    assert "that an earlier mount left in its log" in again.said
     assert (again.path / "file").read_bytes() == data
 
 

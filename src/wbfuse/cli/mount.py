@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -12,11 +13,12 @@ import click
 from click.core import ParameterSource
 
 from wbfuse.cli.policy import PolicyError, choose
+from wbfuse.cli.status import ask_status
 from wbfuse.cli.stores import collect_options, store_options
-from wbfuse.cli.units import RATE, SIZE, SLOW, TIME
+from wbfuse.cli.units import RATE, SIZE, SLOW, TIME, show_size
 from wbfuse.control.keeper import Keeper
 from wbfuse.control.mount import MIB, Spec
-from wbfuse.control.paths import ControlError, forget_old, log_path, make_runtime_dir
+from wbfuse.control.paths import ControlError, forget_old, log_path, make_runtime_dir, socket_path
 from wbfuse.session.mount import MountError, check_mountpoint
 from wbfuse.store.shaped import Shape
 from wbfuse.writeback.log import free_memory
@@ -216,12 +218,19 @@ def mount(
     else:
         code = start(spec)
         if code == 0:
-            _remind(spec.name)
+            _remind(spec)
     sys.exit(code)
 
 
-def _remind(source: str) -> None:
-    """Say what earlier mounts of it could not bring to its store."""
+def _remind(spec: Spec) -> None:
+    """Say what earlier mounts of the source have left."""
+    source = spec.name
+    if spec.log_dir:
+        with contextlib.suppress(ControlError):  # it is unmounted again already
+            brought_in = ask_status(socket_path(spec.mountpoint))["log"]["disk"]["brought_in"]
+            if brought_in:
+                click.echo(f"wbfuse: {source}: writing {show_size(brought_in)} that an earlier mount left in its log",
+                           err=True)  # fmt: skip
     kept = [entry for entry in entries(default_directory()) if entry.manifest.get("source") == source]
     if kept:
         click.echo(f"wbfuse: {source}: {len(kept)} in quarantine, never stored; see: wbfuse recover", err=True)

@@ -17,7 +17,8 @@ _PATIENCE = 10.0
 """Seconds for each of all mounts: one whose worker is on its way must not keep the others from being shown."""
 
 
-def _status(socket: str, patience: float | None = None) -> dict[str, Any]:
+def ask_status(socket: str, patience: float | None = None) -> dict[str, Any]:
+    """What a mount says of itself, within `patience` seconds. Raises ControlError."""
     for answer in ask(socket, "status", patience):
         if "status" in answer:
             found: dict[str, Any] = answer["status"]
@@ -34,7 +35,7 @@ def status(mountpoint: str | None, as_json: bool) -> None:
         found = []
         for path in sockets():
             try:
-                found.append(_status(path, _PATIENCE))
+                found.append(ask_status(path, _PATIENCE))
             except ControlError as e:
                 if "not running" not in str(e):
                     click.echo(f"wbfuse: {path}: {e}", err=True)
@@ -54,7 +55,7 @@ def status(mountpoint: str | None, as_json: bool) -> None:
     try:
         if socket is None:
             raise ControlError("no wbfuse mount of yours answers here")
-        one = _status(socket)
+        one = ask_status(socket)
     except ControlError as e:
         raise click.UsageError(f"{place}: {e}{last_words(place)}") from e
     if as_json:

@@ -29,7 +29,9 @@ def parse_size(text: str) -> int:
 
 
 def parse_rate(text: str) -> float:
-    """'20MB/s' -> 2e7 bytes a second; '/s' may be left out. Raises ValueError."""
+    """'20MB/s' -> 2e7 bytes a second; '/s' may be left out, the unit may not. Raises ValueError."""
+    if text.strip().replace(".", "", 1).isdigit():
+        raise ValueError(f"{text!r}: of what, a second? write it like {text.strip()}MB/s")
     rate = _parse(text.strip().removesuffix("/s"), _SIZES, "20MB/s")
     if rate <= 0:
         raise ValueError(f"{text!r}: a rate must be above zero")

@@ -149,6 +149,8 @@ class Mount:
         self.where_left = "are lost"
         self.alone = threading.Event()
         """The keeper is gone."""
+        self.brought_in = 0
+        """Bytes that an earlier mount had left in the log on disk."""
         self._aside: list[str] = []
         """Quarantine entries of which no sync has told yet."""
         self.disk: DiskLog | None = None
@@ -171,6 +173,8 @@ class Mount:
             self._compare_notes(first, loaded is not None)
             if kept:
                 self.fs.take_over()
+            if loaded is not None and self.cache is not None:
+                self.brought_in = self.cache.unwritten
             self._begin_log()
             lifeline = kept.get("lifeline") or _pipe_without_reader()
             self.session, self.path = self._connect(agreed, lifeline)
@@ -496,7 +500,8 @@ class Mount:
                 out[key] = state[key]
             out["log"] = {"size": state["log_size"], "used": state["log_used"], "limit": state["log_limit"]}
             if self.disk is not None:
-                out["log"]["disk"] = {"path": self.spec.log_dir, "fsync": self.spec.fsync} | self.disk.status()
+                disk = {"path": self.spec.log_dir, "fsync": self.spec.fsync, "brought_in": self.brought_in}
+                out["log"]["disk"] = disk | self.disk.status()
             out["store"]["bandwidth"] = state["bandwidth"]
         if isinstance(self.fs, CachedFileSystem):
             out["renames"] = len(self.fs.renames.pending)
