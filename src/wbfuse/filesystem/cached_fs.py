@@ -22,6 +22,7 @@ from typing import Any
 
 from wbfuse.filesystem.api import PARKED, Buffer, Lent, Parked, Request, WouldBlock
 from wbfuse.filesystem.appends import Appends
+from wbfuse.filesystem.following import Follower
 from wbfuse.filesystem.handles import Handle
 from wbfuse.filesystem.store_fs import MAX_OFFSET, O_DSYNC, StoreFileSystem, writable
 from wbfuse.journal import Journal
@@ -50,11 +51,12 @@ from wbfuse.wire.constants import (
 from wbfuse.wire.negotiate import Agreement
 from wbfuse.wire.types import Attr, Entry, Opened
 from wbfuse.writeback.cache import FULL, WritebackCache
-from wbfuse.writeback.cached_file import File, Sequel
+from wbfuse.writeback.cached_file import File
 from wbfuse.writeback.engine import Engine
 from wbfuse.writeback.extents import HOLE
 from wbfuse.writeback.file import STORE
 from wbfuse.writeback.log import LogFull
+from wbfuse.writeback.merged import assemble, seek, zero_filled
 from wbfuse.writeback.renames import DeferredRenames, Move
 
 log = logging.getLogger(__name__)
@@ -62,7 +64,6 @@ log = logging.getLogger(__name__)
 OURS = b"user.wbfuse."
 """Extended attributes of what the cache knows: `dirty`, bytes that are not in the store; `error`, the last one."""
 _KERNELS_TIMES = FATTR_MTIME | FATTR_CTIME | FATTR_FH
-_LOOK_AGAIN = 1.0
 _SLOW_CHANGES = FATTR_MODE | FATTR_UID | FATTR_GID | FATTR_KILL_SUIDGID
 
 
@@ -83,8 +84,9 @@ class CachedFileSystem(StoreFileSystem):
         renames.settle = self._settle
         renames.on_released = cache.let_go_on
         renames.on_gone = self._lost
-        self._following = threading.Lock()
-        """Held by who sees to renames that wait; the cache's lock is inside it."""
+        self._follower = Follower(
+            renames, cache, self._pull_later if kernel_writeback else None, self._fresh_attr, self._lost
+        )
         cache.held_back = renames.is_replaced
         self.cache = cache
         self.engine = engine
@@ -110,12 +112,12 @@ class CachedFileSystem(StoreFileSystem):
         self.cache.can_resend = bool(agreement.capabilities & Cap.HAS_RESEND)
         self.engine.pacer.on_room = self._ask_again
         self.engine.start()
-        self.renames.on_deferred = self._deferred
+        self.renames.on_deferred = self._follower.deferred
         self.follow_renames()
 
     def take_over(self) -> None:
         """Also replays the log."""
-        self._load_renames()
+        self._follower.load()
         for ino, records in self.cache.inherited().items():
             self.engine.take_over(ino, records)
         super().take_over()
@@ -127,16 +129,6 @@ class CachedFileSystem(StoreFileSystem):
         self._attach(handle)
         if handle.file is not None and handle.file.error:
             handle.errors_seen = handle.file.error_sequence - 1  # it may have been told; twice is better than never
-
-    def _load_renames(self) -> None:
-        while True:
-            try:
-                self.renames.load()
-                return
-            except OSError as e:
-                log.warning("renames wait in the journal: %s", e.strerror)
-            with self.cache.lock:
-                self.cache.room.wait(_LOOK_AGAIN)
 
     def _ask_again(self) -> None:
         self.notify(replies.notify_resend(), at_once=True)
@@ -159,55 +151,17 @@ class CachedFileSystem(StoreFileSystem):
         with self.cache.lock:
             return bool(f.opens or f.core.generations or f.busy) or not self._durable_commits
 
-    def _deferred(self, move: Move) -> None:
-        try:
-            self.follow_renames()
-        except OSError as e:  # it is taken; the next one, or the next sync, sees to it as well
-            log.warning("a rename of node %d waits: %s", move.ino, e.strerror)
-
-    def _follow(self, move: Move) -> None:
-        """Have a rename carried out once everything that was written to its source so far is durable."""
-        sequel = Sequel(
-            partial(self._carry_out, move), partial(self.renames.fail, move), partial(self.renames.give_up, move)
-        )
-        f = self.cache.files.get(move.ino)
-        f = self.cache.follow(move.ino, self._fresh_attr(move.ino) if f is None else f.attr, sequel)
-        move.followed = True
-        if f.opens and self.kernel_writeback:
-            pulled = self.notify(replies.notify_inval_inode(move.ino, 0, 0))
-            pulled.add_done_callback(partial(self._pulled, f, sequel))
-        else:
-            self.cache.let_follow(f, sequel)
-
-    def _pulled(self, f: File, sequel: Sequel, done: Future[None]) -> None:
-        error = done.exception()
-        if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENODEV):  # it has nothing of it
-            log.warning("the kernel does not hand over the data of node %d, which is renamed: %s", f.ino, error)
-        self.cache.let_follow(f, sequel)
-
     def follow_renames(self) -> None:
-        """See to all that wait, also of a server before this one."""
-        with self._following:
-            for move in self.renames.pending:
-                if not move.followed:
-                    self._follow(move)
-
-    def _carry_out(self, move: Move) -> None:
-        self._lost(*self.renames.carry_out(move))
-
-    def _handed_over(self, f: File) -> None:
-        """The kernel holds nothing of the file that was written before this request."""
-        sequel = f.sequel
-        if sequel is not None:
-            self.cache.let_follow(f, sequel)
+        """See to all renames that wait, also of a server before this one."""
+        self._follower.follow_all()
 
     def _settle(self, move: Move) -> None:
         self.pull(move.ino)
         f = self.cache.files.get(move.ino)
         if f is not None:
-            self._handed_over(f)
+            self._follower.handed_over(f)
         self._commit_now(move.ino)
-        self._carry_out(move)
+        self._follower.carry_out(move)
 
     def fsyncdir(self, request: Request, fh: int, datasync: bool) -> Parked | None:
         """Renames that wait come first: the log on disk has none of them, so the store must."""
@@ -490,7 +444,7 @@ class CachedFileSystem(StoreFileSystem):
         try:
             if len(plan) == 1 and plan[0][2] == STORE:
                 start, end, _ = plan[0]
-                return self._zero_filled(self._read_store(request, start, end - start), end - start)
+                return zero_filled(self._read_store(request, start, end - start), end - start)
             if request.blocking:
                 return self._assemble(f.ino, plan)
             if any(place == STORE for _, _, place in plan):
@@ -503,26 +457,12 @@ class CachedFileSystem(StoreFileSystem):
             if lent is None:
                 self.cache.unpin(pinned)
 
-    @staticmethod
-    def _zero_filled(data: Buffer, size: int) -> Buffer:
-        """Below the size that the cache holds, what the store has not is zeros (promise 3)."""
-        return data if len(data) == size else bytes(data) + bytes(size - len(data))
-
     def _assemble(self, ino: int, plan: list[tuple[int, int, int]]) -> Buffer:
         """Log, holes and store in one buffer."""
         if not plan:
             return b""
-        first, last = plan[0][0], plan[-1][1]
-        buffer = self.buffer(last - first)
-        for start, end, place in plan:
-            part = buffer[start - first : end - first]
-            if place == HOLE:
-                part[:] = bytes(end - start)
-            elif place == STORE:
-                n = self.store.read(ino, start, part)
-                part[n:] = bytes(len(part) - n)
-            else:
-                part[:] = self.cache.log.view(place, end - start)
+        buffer = self.buffer(plan[-1][1] - plan[0][0])
+        assemble(self.cache, ino, plan, buffer)
         return buffer
 
     # durability
@@ -603,7 +543,7 @@ class CachedFileSystem(StoreFileSystem):
             return None
         f = handle.file
         by_log = self._by_log(request, f)
-        self._handed_over(f)
+        self._follower.handed_over(f)
         self._report(handle, f)
         if self._durable_commits and not f.core.generations and not f.busy:
             return None  # nothing was written, or all of it is committed, and so durable
@@ -618,7 +558,7 @@ class CachedFileSystem(StoreFileSystem):
                 raise WouldBlock
             return super().fsync(request, fh, datasync)
         by_log = self._by_log(request, f)
-        self._handed_over(f)
+        self._follower.handed_over(f)
         if handle is not None:
             self._report(handle, f)
         self._when_durable(request, f, handle, None, by_log)
@@ -645,11 +585,14 @@ class CachedFileSystem(StoreFileSystem):
         self._noted(self.cache.zero, request, f, offset, end, not keep and kind == FALLOC_ZERO_RANGE, time.time_ns())
         return None
 
+    def _pull_later(self, ino: int) -> Future[None]:
+        return self.notify(replies.notify_inval_inode(ino, 0, 0))
+
     def pull(self, ino: int) -> None:
         """Have the kernel write back what it holds of a file; returns once all of it has been taken here."""
         if self.kernel_writeback:
             try:
-                self.notify(replies.notify_inval_inode(ino, 0, 0)).result()
+                self._pull_later(ino).result()
             except FileNotFoundError:
                 return  # the kernel has nothing of it
 
@@ -660,36 +603,7 @@ class CachedFileSystem(StoreFileSystem):
         if f is None:
             return super().lseek(request, fh, offset, whence)
         self.pull(ino)
-        return self._seek(f, offset, whence)
-
-    def _seek(self, f: File, offset: int, whence: int) -> int:
-        size = f.core.size
-        if offset >= size:
-            raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
-        at = offset
-        while at < size:
-            with self.cache.lock:
-                plan = f.core.resolve(at, size)
-            for start, end, place in plan:
-                found = self._seek_in(f.ino, start, end, place, whence)
-                if found is not None:
-                    return found
-                at = end
-        if whence == os.SEEK_HOLE:
-            return size
-        raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
-
-    def _seek_in(self, ino: int, start: int, end: int, place: int, whence: int) -> int | None:
-        """The first byte of the wanted kind in a piece of the file; None where it has none."""
-        if place != STORE:
-            return start if (place == HOLE) == (whence == os.SEEK_HOLE) else None
-        try:
-            found = self.store.seek(ino, start, whence)
-        except OSError as e:
-            if e.errno != errno.ENXIO:
-                raise
-            return start if whence == os.SEEK_HOLE else None  # past the store's end: zeros
-        return found if found < end else None
+        return seek(self.cache, f, offset, whence)
 
     def copy_file_range(
         self, request: Request, fh: int, offset: int, nodeid_out: int, fh_out: int, offset_out: int, length: int,

@@ -1,9 +1,8 @@
 """The threads of write-back: committers carry rounds to the store, a warmer prepares memory (and pacer.py).
 
-Order of work: rounds that somebody waits for, then sealed generations, then - above the background limit, while
-draining, or past their age - the longest dirty. Commits of one file never overlap; those of different files do.
-Where the store can, small rounds of many files go in one commit, and bytes of later rounds are staged meanwhile.
-A failed round goes back to dirty and is tried again with growing delay; nothing is dropped.
+What comes first is in schedule.py. Where the store can, small rounds of many files go in one commit, and bytes of
+later rounds are staged meanwhile. A failed round goes back to dirty and is tried again with growing delay; nothing is
+dropped.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import errno
 import logging
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
@@ -24,6 +22,7 @@ from wbfuse.writeback.cached_file import File, Sequel
 from wbfuse.writeback.file import Generation, contents, plan
 from wbfuse.writeback.pacer import Pacer
 from wbfuse.writeback.records import Record
+from wbfuse.writeback.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +41,6 @@ _FOR_GOOD = (errno.EFBIG, errno.ESTALE, errno.ENOENT)
 """Of a commit: the store has no file so large, or has this one no more."""
 _TRIES = 10
 """How often in a row it may say so: for a minute, in which a server that restarts may come to itself."""
-_HEAVY, _HEAVY_ROUNDS, _HEAVY_STAGED = 1 << 20, 2, 4
-"""What a heavy round is, and how many go at once: more where their bytes are staged ahead."""
-_COMPANY = 512
-"""The most files in one commit."""
-_CALM_ROUNDS = 1
-"""Rounds at once where age is the only reason, until twice the age: more take the interpreter from the reader."""
 _PR_SET_IO_FLUSHER = 57
 
 _Commit = list[tuple[File, Generation | None]]
@@ -61,7 +54,7 @@ class Engine:
 
     def __init__(self, cache: WritebackCache, dirty_expire: float, committers: int = 8) -> None:
         self.cache = cache
-        self.dirty_expire = dirty_expire
+        self.schedule = Schedule(cache, dirty_expire)
         self.bytes_written = 0
         self.writes = 0
         self.rounds = 0
@@ -77,15 +70,7 @@ class Engine:
         self._told = 0.0
         self._watchers = 0
         """Committers that sleep with a time to wake."""
-        self._at_work = 0
-        """Committers that carry something."""
-        self._heavy = 0
-        """Large rounds under way."""
-        store = cache.store.capabilities
-        self._stages, self._group_bytes = store.stages, store.group_bytes
-        self._most_heavy = _HEAVY_STAGED if store.stages else _HEAVY_ROUNDS
-        self._carried: dict[int, File] = {}
-        """Files that have something in a committer's hands, where the store stages."""
+        self._stages = cache.store.capabilities.stages
         self._stopping = False
         self._threads = [
             threading.Thread(target=self._commit_loop, name=f"committer-{i}", daemon=True) for i in range(committers)
@@ -136,103 +121,6 @@ class Engine:
             if thread.ident is not None:  # else it was never started
                 thread.join()
 
-    # choosing
-
-    def _pick(self, now: float) -> File | None:
-        """Held: lock. The file to serve next, taken out of the queues; None where nothing is due."""
-        cache = self.cache
-        for ino, failed in list(cache.failing.items()):
-            if failed.retry_at <= now:
-                del cache.failing[ino]
-                cache.dirty.setdefault(ino, failed)
-                cache.dirty.move_to_end(ino, last=False)
-                cache.full[ino] = failed
-        urgent = (f for f in cache.urgent.values() if f.retry_at <= now and not self._held_up(f))
-        f = next(urgent, None) or self._oldest(now)
-        if f is not None:
-            self._take(f)
-        return f
-
-    def _take(self, f: File) -> None:
-        """Held: lock."""
-        for queue in (self.cache.urgent, self.cache.full, self.cache.dirty, self.cache.failing):
-            queue.pop(f.ino, None)
-
-    def _company(self, first: File, now: float) -> list[File]:
-        """Held: lock. `first` and others that are due as well and whose bytes fit into the same commit."""
-        found = [first]
-        if not self._group_bytes or not first.core.generations or first.failures:
-            return found
-        room = self._group_bytes - first.core.generations[0].extents.bytes
-        over = self._over()
-        cache = self.cache
-        aged = (f for f in cache.dirty.values() if over or now - _born(f) >= self.dirty_expire)
-        for f in [*cache.urgent.values(), *cache.full.values(), *aged]:
-            if room <= 0 or len(found) >= _COMPANY:
-                break
-            if not f.core.generations or f.failures or f in found or self._held_up(f):
-                continue
-            size = f.core.generations[0].extents.bytes
-            if size <= room:
-                room -= size
-                found.append(f)
-        for f in found[1:]:
-            self._take(f)
-        return found
-
-    def _over(self) -> bool:
-        """Held: lock. Whether there is reason to write everything now."""
-        cache = self.cache
-        return bool(cache.draining or cache.parked or cache.log.occupied > cache.limits.background)
-
-    def _ahead(self) -> tuple[File, Generation] | None:
-        """Held: lock. The oldest sealed generation that may be staged while what is before it is being committed."""
-        if not self._stages or self._heavy >= self._most_heavy:
-            return None
-        found = [(g.born, f.ino, f, g) for f in self._carried.values() if not f.failures and (g := f.core.ahead())]
-        return min(found)[2:] if found else None
-
-    def _oldest(self, now: float) -> File | None:
-        """Held: lock. The file whose oldest generation is the oldest of all that are due and that nobody waits for.
-
-        The oldest first, because a log segment is free only once everything in it is committed. Of heavy rounds
-        only few at once: many would each be slow, and end - and free their segments - all at the same time.
-        """
-        cache = self.cache
-        found = list(cache.full.values())
-        over = self._over()
-        for f in cache.dirty.values():  # in order of age
-            age = now - _born(f)
-            if not over and (
-                age < self.dirty_expire or (self._at_work >= _CALM_ROUNDS and age < 2 * self.dirty_expire)
-            ):
-                break
-            if self._may_start(f):
-                found.append(f)
-                break
-        return min((f for f in found if self._may_start(f)), key=_born, default=None)
-
-    def _held_up(self, f: File) -> bool:
-        """Whether its oldest generation is on its way to the store, or the store must not change it now."""
-        return _staging(f) or (bool(f.core.generations) and self.cache.is_held_back(f))
-
-    def _may_start(self, f: File) -> bool:
-        if self._held_up(f):
-            return False
-        return self._heavy < self._most_heavy or f.core.generations[0].extents.bytes < _HEAVY or _staged(f)
-
-    def _due(self, now: float) -> float | None:
-        """Held: lock. Seconds until `_pick` may find something by time alone.
-
-        What is due and was not picked waits for a round under way, whose committer will look again.
-        """
-        cache = self.cache
-        times = [f.retry_at for f in (*cache.failing.values(), *cache.urgent.values())]
-        oldest = _first(cache.dirty)
-        if oldest is not None:
-            times += [_born(oldest) + self.dirty_expire, _born(oldest) + 2 * self.dirty_expire]
-        return min((t - now for t in times if t > now), default=None)
-
     # committing
 
     def _commit_loop(self) -> None:
@@ -253,7 +141,7 @@ class Engine:
                 while (work := self._choose()) is None:
                     if self._stopping:
                         return
-                    due = self._due(cache.clock())
+                    due = self.schedule.due(cache.clock())
                     self._watchers += due is not None
                     cache.work.wait(due)
                     self._watchers -= due is not None
@@ -273,16 +161,12 @@ class Engine:
         """Held: lock. The next thing to do, begun; None where nothing is due, or the engine ends."""
         if self._stopping:
             return None
-        now = self.cache.clock()
-        f = self._pick(now)
-        if f is not None:
-            self._at_work += 1
-            return [self._begin(member) for member in self._company(f, now)]
-        ahead = self._ahead()
-        if ahead is not None:
-            self._at_work += 1
-            self._begin_staging(*ahead)
-        return ahead
+        found = self.schedule.next(self.cache.clock())
+        if isinstance(found, list):
+            return [self._begin(f) for f in found]
+        if found is not None:
+            self._begin_staging(*found)
+        return found
 
     def _do(self, work: _Commit | _Stage) -> None:
         if isinstance(work, tuple):
@@ -304,10 +188,7 @@ class Engine:
         f.syncing = g is None
         if g is not None:
             self.cache.in_flight_bytes += g.extents.bytes
-            g.weighed = g.extents.bytes >= _HEAVY and g.round is None
-            self._heavy += g.weighed
-        if self._stages:
-            self._carried[f.ino] = f
+        self.schedule.begun(f, g)
         return f, g
 
     def _round(self, f: File, g: Generation) -> Round:
@@ -386,7 +267,7 @@ class Engine:
         """Held: lock."""
         g.staging = True
         g.pinned = self.cache.log.pin(g.extents.places())
-        self._heavy += g.extents.bytes >= _HEAVY
+        self.schedule.staging_begun(g)
 
     def _stage(self, f: File, g: Generation) -> None:
         """Bring the bytes of a generation to the store while an older one is being committed."""
@@ -400,8 +281,7 @@ class Engine:
         except Exception:
             log.exception("staging of node %d failed", f.ino)
         with cache.lock:
-            self._at_work -= 1
-            self._heavy -= g.extents.bytes >= _HEAVY
+            self.schedule.staging_ended(g)
             g.staging = False
             staged = round_ is not None and round_.staged is not None
             wanted = any(g is mine for mine in f.core.generations)
@@ -480,12 +360,10 @@ class Engine:
         cache = self.cache
         answers: list[Callable[[], None]] = []
         with cache.lock:
-            self._at_work -= last
-            self._carried.pop(f.ino, None)
+            self.schedule.ended(f, g, last)
             f.syncing = False
             if g is not None:
                 cache.in_flight_bytes -= g.extents.bytes
-                self._heavy -= g.weighed
                 # A failed sync may have lost committed pages in the store, so its round is written again as well.
                 if f.core.end(error == 0) is not None:
                     cache._release(f, [g])
@@ -613,23 +491,6 @@ class Engine:
 def _gone(f: File) -> bool:
     """Nobody can reach it any more."""
     return f.unlinked and not f.opens
-
-
-def _born(f: File) -> float:
-    return f.core.generations[0].born
-
-
-def _staging(f: File) -> bool:
-    """Whether the oldest generation is on its way to the store, so that its commit must wait."""
-    return bool(f.core.generations) and f.core.generations[0].staging
-
-
-def _staged(f: File) -> bool:
-    return f.core.generations[0].round is not None
-
-
-def _first(queue: OrderedDict[int, File]) -> File | None:
-    return next(iter(queue.values()), None)
 
 
 def _set_io_flusher() -> None:
