@@ -17,7 +17,7 @@ import os
 import resource
 import stat
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from wbfuse.journal import Journal
 from wbfuse.store.contract import ROOT_INO, Capabilities, Change, Found, Owner, SourceError, Store
@@ -25,13 +25,10 @@ from wbfuse.store.directory import syscalls
 from wbfuse.store.directory.data import DirectoryData
 from wbfuse.store.directory.fds import Fd, FdCache
 from wbfuse.store.directory.nodes import ORPHANAGE, Node, Nodes, Place, path_of
+from wbfuse.store.directory.private import DIR_FLAGS, PRIVATE, Private
 from wbfuse.wire.constants import RENAME_EXCHANGE, RENAME_NOREPLACE
 from wbfuse.wire.types import Attr, Dirent, Statfs
 
-PRIVATE = b".wbfuse"
-_ORPHANS = b"orphans"
-_LOG = b"log"
-_DIR_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _GETDENTS = 8192
 
 
@@ -79,7 +76,7 @@ class DirectoryStore(DirectoryData, Store):
         self._table = threading.Lock()
         self._nodes = Nodes(identity, stat.S_IFMT(attr.mode), journal or Journal(), known=not revived)
         self._handles = logged and self._privileged
-        self._orphanage: Fd | None = None
+        self._private = Private(self._root)
         DirectoryData.__init__(self, share)
         self._max_file_size = (1 << 63) - 1 if read_only else syscalls.max_file_size(self._root.n)
         if not read_only:
@@ -100,49 +97,18 @@ class DirectoryStore(DirectoryData, Store):
         self.close_data()
         self._dirs.clear()
         self._listings.clear()
-        if self._orphanage is not None:
-            self._orphanage = None
-            with contextlib.suppress(OSError):  # not empty: an orphan could not be removed, kept for a look
-                self._in_private(lambda fd: os.rmdir(_ORPHANS, dir_fd=fd))
-                os.rmdir(PRIVATE, dir_fd=self._root.n)
+        self._private.close()
         fcntl.flock(self._root.n, fcntl.LOCK_UN)
 
     # the log on disk
 
     def note_log(self, note: str | None) -> None:
-        if note is None:
-            with contextlib.suppress(FileNotFoundError):
-                self._in_private(lambda fd: os.unlink(_LOG, dir_fd=fd))
-                with contextlib.suppress(OSError):  # not empty: the orphanage is there
-                    os.rmdir(PRIVATE, dir_fd=self._root.n)
-            os.fsync(self._root.n)
-            return
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(PRIVATE, 0o700, dir_fd=self._root.n)
-        private = Fd(os.open(PRIVATE, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._root.n))
-        making = _LOG + b".new"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(making, flags, 0o600, dir_fd=private.n), "w", encoding="utf-8") as out:
-            out.write(note)
-            out.flush()
-            os.fsync(out.fileno())
-        os.rename(making, _LOG, src_dir_fd=private.n, dst_dir_fd=private.n)
-        os.fsync(private.n)
-        os.fsync(self._root.n)
+        self._private.note_log(note)
 
     def noted_log(self) -> str | None:
-        try:
-            private = Fd(os.open(PRIVATE, _DIR_FLAGS, dir_fd=self._root.n))
-            with os.fdopen(os.open(_LOG, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=private.n), encoding="utf-8") as f:
-                return f.read(_GETDENTS)
-        except FileNotFoundError:
-            return None
+        return self._private.noted_log()
 
     # orphans
-
-    def _in_private(self, act: Callable[[int], None]) -> None:
-        fd = Fd(os.open(PRIVATE, _DIR_FLAGS, dir_fd=self._root.n))
-        act(fd.n)
 
     def _clear_orphans(self) -> None:
         """Files that were unlinked while open, of a mount that did not end well. Nobody can name them any more.
@@ -150,20 +116,13 @@ class DirectoryStore(DirectoryData, Store):
         Those of the journal's nodes are open, or dirty, still. They bear the node's number, for a journal that is
         replayed from disk may not have heard of the removal.
         """
-        try:
-            private = Fd(os.open(PRIVATE, _DIR_FLAGS, dir_fd=self._root.n))
-            orphans = Fd(os.open(_ORPHANS, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=private.n))
-        except FileNotFoundError:
-            return
-        except OSError as e:
-            raise SourceError(f"{PRIVATE.decode()}: cannot be used: {e.strerror}") from e
-        for name in map(os.fsencode, os.listdir(orphans.n)):
+        orphans, names = self._private.leftovers()
+        for name in names:
             node = self._nodes.find(syscalls.statx(orphans.n, name)[1])
             if node is not None and name == b"%d" % node.ino:
                 self._nodes.add(node, (ORPHANAGE, name))
             else:
                 os.unlink(name, dir_fd=orphans.n)
-        self._orphanage = orphans
 
     def _handle(self, kind: int, fd: int, name: bytes) -> bytes:
         return syscalls.handle_of(fd, name) if self._handles and kind == stat.S_IFREG else b""
@@ -184,19 +143,9 @@ class DirectoryStore(DirectoryData, Store):
                 if syscalls.statx(fd.n)[1] == node.identity:
                     for place in [p for p in node.places if p[0] == ORPHANAGE]:
                         self._nodes.lose(node, place)
-                    orphans, name = self._orphans(), b"%d" % node.ino
+                    orphans, name = self._private.orphans(), b"%d" % node.ino
                     os.link(_proc(fd), name, dst_dir_fd=orphans.n, follow_symlinks=True)
                     self._nodes.add(node, (ORPHANAGE, name))
-
-    def _orphans(self) -> Fd:
-        if self._orphanage is None:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(PRIVATE, 0o700, dir_fd=self._root.n)
-            private = Fd(os.open(PRIVATE, _DIR_FLAGS, dir_fd=self._root.n))
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(_ORPHANS, 0o700, dir_fd=private.n)
-            self._orphanage = Fd(os.open(_ORPHANS, _DIR_FLAGS, dir_fd=private.n))
-        return self._orphanage
 
     # finding
 
@@ -213,7 +162,7 @@ class DirectoryStore(DirectoryData, Store):
             places = list(node.places)
         for parent, name in reversed(places):
             try:
-                at = self._orphans() if parent == ORPHANAGE else self.dir_fd(parent)
+                at = self._private.orphans() if parent == ORPHANAGE else self.dir_fd(parent)
                 fd = Fd(os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at.n))
             except OSError as e:
                 if e.errno not in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ESTALE):
@@ -242,7 +191,7 @@ class DirectoryStore(DirectoryData, Store):
         if ino == ROOT_INO:
             return self._root
         fd = self._dirs.get(ino)
-        return fd if fd is not None else self._dirs.put(ino, self.open_node(ino, _DIR_FLAGS))
+        return fd if fd is not None else self._dirs.put(ino, self.open_node(ino, DIR_FLAGS))
 
     def _check(self, parent: int, name: bytes) -> None:
         if not name or name in (b".", b"..") or b"/" in name or b"\0" in name:
@@ -322,7 +271,7 @@ class DirectoryStore(DirectoryData, Store):
 
     def tmpfile(self, parent: int, mode: int, owner: Owner) -> Found:
         """Made in the orphanage under its number, so that it needs no descriptor; `link` gives it a real name."""
-        orphans = self._orphans()
+        orphans = self._private.orphans()
         self.dir_fd(parent)  # ESTALE where that is gone
         with self.names:
             temporary = b"new-%d" % threading.get_ident()
@@ -373,7 +322,7 @@ class DirectoryStore(DirectoryData, Store):
             own = next((place for place in node.places if place[0] == ORPHANAGE), None)
             if own is not None and syscalls.statx(path.n)[0].nlink == 1:
                 # It gets a name again: the orphanage's link is moved there, unless the name is taken.
-                orphans = self._orphans()
+                orphans = self._private.orphans()
                 self._found_at(node, (parent, name))  # first, see rename
                 if not self._handles:
                     self.barrier()
@@ -417,14 +366,14 @@ class DirectoryStore(DirectoryData, Store):
 
     def _shelter(self, node: Node, at: Fd, name: bytes) -> None:
         """Give an open file a link in the orphanage, under its number. Held: names."""
-        orphans = self._orphans()
+        orphans = self._private.orphans()
         os.link(name, b"%d" % node.ino, src_dir_fd=at.n, dst_dir_fd=orphans.n, follow_symlinks=False)
         with self._table:
             self._nodes.add(node, (ORPHANAGE, b"%d" % node.ino))
 
     def _unshelter(self, node: Node) -> None:
         """Remove the link again. Held: names."""
-        place, orphans = (ORPHANAGE, b"%d" % node.ino), self._orphans()
+        place, orphans = (ORPHANAGE, b"%d" % node.ino), self._private.orphans()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(place[1], dir_fd=orphans.n)
         with self._table:
@@ -627,7 +576,7 @@ class DirectoryStore(DirectoryData, Store):
         with self.names:
             if node.holds or not node.orphan:
                 return  # opened, or named, again meanwhile
-            orphans = self._orphans()
+            orphans = self._private.orphans()
             links = 0
             with contextlib.suppress(FileNotFoundError):  # a server before this one died when it had just removed it
                 links = syscalls.statx(orphans.n, b"%d" % node.ino)[0].nlink
