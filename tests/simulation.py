@@ -35,6 +35,7 @@ from wbfuse.store.contract import Capabilities, Progress, Round
 from wbfuse.wire.types import Attr
 from wbfuse.writeback.cache import WritebackCache
 from wbfuse.writeback.cached_file import File
+from wbfuse.writeback.cleaner import clean
 from wbfuse.writeback.disk.load import load
 from wbfuse.writeback.disk.writer import DiskLog
 from wbfuse.writeback.engine import Engine
@@ -481,7 +482,7 @@ class Machine:
         if self.directory is not None and self.rng.random() < 0.5:
             self.disk.step(sync=self.rng.random() < 0.3)
         with self.cache.lock:
-            self.cache.clean()
+            clean(self.cache)
         if not self.engine.step():
             self.now += self.rng.choice((0.05, 1.0, EXPIRE, 31.0))
             with self.cache.lock:

@@ -28,6 +28,8 @@ from wbfuse.wire.requests import Setattr
 from wbfuse.writeback import quarantine
 from wbfuse.writeback.cache import WritebackCache
 from wbfuse.writeback.cached_file import File
+from wbfuse.writeback.cleaner import clean
+from wbfuse.writeback.drain import drain
 from wbfuse.writeback.engine import _TRIES, Engine
 from wbfuse.writeback.file import Generation
 from wbfuse.writeback.renames import DeferredRenames
@@ -210,7 +212,7 @@ def test_a_commit_during_sync_all_is_not_taken_for_durable(stage: Stage) -> None
         stage.engine.wait_until(1)
 
     stage.store.once_after("sync_all", somebody_writes)
-    assert stage.cache.drain(lambda _left: None, lambda: False) == []
+    assert drain(stage.cache, lambda _left: None, lambda: False) == []
     unique = stage.fsync(ino, fh)
     assert unique is not None, "what came after sync_all is not durable"
     assert stage.reply(unique) == (None, 0)
@@ -328,7 +330,7 @@ def test_a_file_opened_while_it_is_unlinked_can_be_written_and_closed(stage: Sta
     stage.write(ino, opened.fh, 0, b"to nobody")
     stage.fs.release(stage.request(ino), opened.fh, 0)
     wait_for(removed)
-    assert stage.cache.drain(lambda _left: None, lambda: False) == []
+    assert drain(stage.cache, lambda _left: None, lambda: False) == []
     assert ino not in stage.cache.files
 
 
@@ -461,7 +463,7 @@ def test_the_cleaner_passes_over_a_segment_with_notes(stage: Stage) -> None:
     segments = stage.cache.log.segments
     before = segments[noted].live
     with stage.cache.lock:
-        assert stage.cache.clean()
+        assert clean(stage.cache)
     assert segments[plain].live == 0
     assert (segments[noted].live, segments[noted].notes) == (before, 1)
     lent = stage.fs.read(stage.request(ino, blocking=False), fh, 0, 12288, 0)
@@ -491,12 +493,12 @@ def test_the_cleaner_passes_over_a_round_in_flight(source: Path) -> None:
         wait_for(in_flight)
         segments = stage.cache.log.segments
         with stage.cache.lock:
-            assert stage.cache.clean()
+            assert clean(stage.cache)
             assert (segments[busy].live, segments[plain].live) == (4096, 0)
         cleaned.set()
         assert stage.reply(unique) == (None, 0)
         assert stage.stored("f") == b"L" * 4096
-        assert stage.cache.drain(lambda _left: None, lambda: False) == []
+        assert drain(stage.cache, lambda _left: None, lambda: False) == []
         assert stage.stored("idle") == b"I" * 8192
     finally:
         cleaned.set()
@@ -508,7 +510,7 @@ def test_a_request_that_would_wait_says_so_on_the_reader(stage: Stage) -> None:
     ino, fh = stage.create(b"f")
     stage.fs.release(stage.request(ino), fh, 0)
     stage.start()
-    stage.engine.cache.drain(lambda _left: None, lambda: False)
+    drain(stage.engine.cache, lambda _left: None, lambda: False)
     with pytest.raises(WouldBlock):
         stage.fs.write(stage.request(ino, blocking=False), fh, 0, memoryview(b"x"), 0, 0)
 
@@ -669,7 +671,7 @@ def test_a_large_round_is_broken_off_where_nobody_wants_it_any_more(
         for at in range(16):
             stage.write(ino, fh, at * MIB, os.urandom(MIB))
         stage.start()
-        stage.cache.drain(lambda _left: None, lambda: len(stage.engine.finished) > 0)
+        drain(stage.cache, lambda _left: None, lambda: len(stage.engine.finished) > 0)
         assert stage.engine.finished[0] == (ino, errno.ECANCELED)
         assert taken == [MIB]
         assert stage.cache.unwritten == (0 if act is unlink_it else 16 * MIB)

@@ -36,6 +36,7 @@ from wbfuse.wire.negotiate import PAGE, Agreement
 from wbfuse.writeback import quarantine
 from wbfuse.writeback.cache import WritebackCache
 from wbfuse.writeback.disk.writer import DiskLog
+from wbfuse.writeback.drain import drain
 from wbfuse.writeback.engine import Engine
 from wbfuse.writeback.limits import MAX_PAUSE
 from wbfuse.writeback.log import LogError
@@ -407,7 +408,7 @@ class Mount:
         fs.follow_renames()
         progress: list[int] = []
         with ThreadPoolExecutor(1, "drain") as pool:
-            drained = pool.submit(cache.drain, progress.append, self._impatient.is_set)
+            drained = pool.submit(drain, cache, progress.append, self._impatient.is_set)
             while not wait([drained], 0.1).done:
                 if progress:
                     yield progress[-1]
@@ -428,7 +429,7 @@ class Mount:
         while True:
             try:
                 self.fs.follow_renames()
-                failed = self.cache.drain(lambda _left: None, self._impatient.is_set)
+                failed = drain(self.cache, lambda _left: None, self._impatient.is_set)
                 if not failed:
                     return
                 why = os.strerror(failed[0][1]) if failed[0][1] else "told to end"

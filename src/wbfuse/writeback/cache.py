@@ -17,7 +17,6 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from struct import Struct
 
@@ -26,6 +25,7 @@ from wbfuse.journal import Kind as Entry
 from wbfuse.store.contract import Store
 from wbfuse.wire.types import Attr
 from wbfuse.writeback.cached_file import Done, File, Sequel, Waiter
+from wbfuse.writeback.cleaner import clean
 from wbfuse.writeback.disk.writer import DiskLog
 from wbfuse.writeback.extents import HOLE
 from wbfuse.writeback.file import STORE, Generation
@@ -158,7 +158,7 @@ class WritebackCache:
 
     def _want_room(self) -> None:
         """Held: lock. Have everything written back, and live bytes gathered from mostly dead segments."""
-        if not self.clean():
+        if not clean(self):
             self.work.notify_all()
 
     def close(self) -> None:
@@ -545,47 +545,6 @@ class WritebackCache:
                     return True
             return False
 
-    def drain(self, on_progress: Callable[[int], None], give_up: Callable[[], bool]) -> list[tuple[int, int]]:
-        """Commit everything that was accepted before the call and make it durable, whatever comes in meanwhile.
-
-        `on_progress` gets the bytes left, about five times a second. Answers (ino, errno) of files that failed:
-        where every file left has failed since the call, or where `give_up` says so; their data stays and is tried
-        again. Raises OSError where the store cannot make durable what it has.
-        """
-        with self.lock:
-            self.draining += 1
-            for f in self.failing.values():
-                f.retry_at = 0.0
-            # By number, not by emptiness: beside a writer that never stops there is no moment when all is clean.
-            goals = [_Goal(f, f.core.seal(), f.error_sequence, f.sequel) for f in self.files.values()]
-            for goal in goals:
-                if goal.number and not goal.file.busy:
-                    self.full[goal.file.ino] = goal.file
-            self.work.notify_all()
-        try:
-            while True:
-                with self.lock:
-                    left = [g for g in goals if self.files.get(g.file.ino) is g.file and g.pending]
-                    failed = [g for g in left if g.file.error_sequence > g.error_sequence]
-                    stuck = [g for g in left if g in failed or self.is_held_back(g.file)]
-                    if not left:
-                        versions = {f: f.version for f in self.files.values()}
-                        break
-                    if (failed and len(stuck) == len(left)) or give_up():
-                        return [(g.file.ino, g.file.error) for g in left]
-                    pending = sum(g.file.core.dirty_bytes for g in left)
-                    self.room.wait(0.2)
-                on_progress(pending)
-        finally:
-            with self.lock:
-                self.draining -= 1
-        self.store.sync_all()
-        with self.lock:
-            for f, version in versions.items():
-                f.synced = max(f.synced, version)
-        on_progress(0)
-        return []
-
     # copies inside the store
 
     def begin_copy(self, source: int, target: int) -> File | None:
@@ -629,38 +588,6 @@ class WritebackCache:
         if f.core.generations or f.waited_for:
             self.work.notify()
 
-    # the log's own housekeeping
-
-    def clean(self) -> bool:
-        """Held: lock. Copy the live bytes out of a mostly dead segment. Answers whether one became free.
-
-        A segment that holds notes, or bytes of a round in flight, cannot be emptied now; the next one is tried.
-        """
-        return any(self._gather(s) for s in self.log.sparse())
-
-    def _gather(self, s: Segment) -> bool:
-        """Held: lock. Copy what is live in `s` to the side segment. Answers whether `s` became free."""
-        low, high = s.base, s.base + self.log.segment_size
-        found = []
-        for f in self.files.values():
-            for n, g in enumerate(f.core.generations):
-                for i, (start, end, place) in enumerate(g.extents):
-                    if low <= place < high:
-                        if n == 0 and f.core.in_flight:
-                            return False  # its buffers are in a store call
-                        found.append((f, g, i, start, end - start, place))
-        freed = False
-        for f, g, i, start, length, place in found:
-            try:
-                moved = self.log.put(self.log.view(place, length))
-            except LogFull:
-                break
-            self.log.stamp_moved(g.sequence, f.ino, start, length, moved, g.mtime_ns or f.core.mtime_ns)
-            g.extents.move(i, moved)
-            freed |= self.log.release([(place, length)])
-        self.freed(freed)
-        return freed
-
     # what status shows
 
     def newest(self, f: File) -> int:
@@ -693,20 +620,3 @@ class WritebackCache:
 
 def _settle(waiter: Waiter, error: int) -> Callable[[], None]:
     return lambda: waiter.done(error)
-
-
-@dataclass(slots=True)
-class _Goal:
-    """Of a drain: generations of a file up to `number` are committed, and what was to follow then has."""
-
-    file: File
-    number: int
-    error_sequence: int
-    """When the drain began."""
-    sequel: Sequel | None
-
-    @property
-    def pending(self) -> bool:
-        generations = self.file.core.generations
-        dirty = bool(generations) and generations[0].number <= self.number
-        return dirty or (self.sequel is not None and self.file.sequel is self.sequel)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 from wbfuse.writeback.cache import WritebackCache
+from wbfuse.writeback.cleaner import clean
 
 _CLEAN_EVERY = 0.1
 """Seconds between attempts to gain room by moving what is left in old segments, while writers wait for it."""
@@ -52,7 +53,7 @@ class Pacer:
                 at = limits.ready_at(now, occupied)
                 if at is None and now >= self._clean_at:
                     self._clean_at = now + _CLEAN_EVERY
-                    if cache.clean():
+                    if clean(cache):
                         continue
                 if at is None or at > now:
                     self._wait(math.inf if at is None else at - now)
