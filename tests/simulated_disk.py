@@ -71,6 +71,8 @@ class SimDirectory:
         self._steps = steps
         self._fault = fault
         self._manifest: dict[str, Any] | None = None
+        self.note = False
+        """The source knows of it, durably."""
         self.gone = False
         """It was withdrawn, and no other has begun."""
         self.files: list[SimChunk] = []
@@ -103,15 +105,34 @@ class SimDirectory:
         self._steps()
         self._fault()
         self._manifest = manifest
-        self.gone = False
+        self.gone &= not self.note
         self._steps()
 
     def withdraw(self) -> None:
         self._steps()
+        self._fault()
         self._manifest = None
         self.gone = True
         self._steps()
         self.remove(self.chunks())
+
+    def remember(self) -> None:
+        self._steps()
+        self._fault()
+        self.note = True
+        self.gone &= self._manifest is None
+        self._steps()
+
+    def forget(self) -> None:
+        self._steps()
+        self._fault()
+        self.note = False
+        self.gone = True
+        self._steps()
+
+    @property
+    def counts(self) -> bool:
+        return self.note and self._manifest is not None
 
     def chunks(self) -> list[tuple[int, int]]:
         return sorted(self._at)

@@ -280,8 +280,9 @@ class Machine:
         if self.directory is not None:
             self.engine.sync_each = self.by_log
             self.cache.disk = self.disk = SimDisk(
-                self.directory, self.cache.log, self.journal, self.cache.lock, self.cache.freed, {"uuid": "0" * 32}
-            )
+                self.directory, self.cache.log, self.journal, self.cache.lock, self.cache.freed, {"uuid": "0" * 32},
+                self.directory.remember, self.directory.forget, self.directory.counts,
+            )  # fmt: skip
 
     def _power_cut(self) -> None:
         """The machine is off, or only the keeper is gone; then the log on disk is all that is left beside the store."""
@@ -295,7 +296,7 @@ class Machine:
             os.close(fd)
         self._fds.clear()
         try:
-            loaded = load(self.directory)  # type: ignore[arg-type]
+            loaded = load(self.directory) if self.directory.counts else None  # type: ignore[arg-type]
         except LogError as e:
             raise AssertionError(f"after a power cut: {e}") from e
         if loaded is not None:

@@ -502,6 +502,59 @@ def test_a_log_whose_disk_dies_is_gone_on_without(mounter: Mounter, workdir: Pat
     assert (again.path / "after").read_bytes() == b"after"
 
 
+def disk_dies(disk: powercut.Disk) -> None:
+    disk.cut()
+
+
+def directory_is_removed(disk: powercut.Disk) -> None:
+    shutil.rmtree(disk.path / "log")
+
+
+def files_are_cut_short(disk: powercut.Disk) -> None:
+    for file in (disk.path / "log").iterdir():
+        os.truncate(file, 0)
+
+
+@needs_mount
+@pytest.mark.parametrize("happens", [disk_dies, directory_is_removed, files_are_cut_short])
+def test_a_worker_goes_on_where_the_log_on_disk_is_gone(
+    mounter: Mounter, workdir: Path, happens: Callable[[powercut.Disk], None]
+) -> None:
+    """The memory log is there, and the store."""
+    with powercut.disk(workdir, 400) as disk:
+        m = mounter("--log", str(disk.path / "log"), "--fsync", "log", "--on-close", "background")
+        (m.path / "before").write_bytes(b"before")
+        happens(disk)
+        _, worker = m.servers()
+        m.kill([worker])
+        with open(m.path / "after", "wb") as f:
+            f.write(b"after")
+            f.flush()
+            os.fsync(f.fileno())
+        wbfuse("restart", str(m.path), check=True)
+        assert m.servers()[1] != worker
+        assert (m.path / "after").read_bytes() == b"after"
+        m.umount()
+    assert (m.source / "before").read_bytes() == b"before"
+    assert (m.source / "after").read_bytes() == b"after"
+
+
+@needs_mount
+def test_a_log_that_had_only_begun_is_of_nobody(mounter: Mounter, log: Path) -> None:
+    """Its manifest was there and its source had no note of it yet; one that was withdrawn looks otherwise."""
+    m = mounter(*options(log))
+    assert wait_until(lambda: (log / "manifest.json").exists() and (m.source / ".wbfuse/log").exists())
+    down(m)
+    (m.source / ".wbfuse/log").unlink()
+    refused = wbfuse("mount", str(m.source), str(m.path), *options(log))
+    assert "was changed without this log" in refused.stderr
+    manifest = json.loads((log / "manifest.json").read_text())
+    (log / "manifest.json").write_text(json.dumps(manifest | {"begun": True}))
+    again = mounter(*options(log), source=m.source)
+    assert wait_until((m.source / ".wbfuse/log").exists)
+    again.umount()
+
+
 @needs_mount
 def test_a_log_whose_disk_is_not_mounted_is_asked_for(mounter: Mounter, workdir: Path) -> None:
     with powercut.disk(workdir, 400) as disk:
@@ -560,7 +613,8 @@ def made(directory: object, count: int = 40, seed: int = 1) -> tuple[Log, Journa
     rng = random.Random(seed)
     log_, journal = Log(4 << 20, 1 << 18), Journal()
     writer = DiskLog(
-        directory, log_, journal, threading.Lock(), lambda _freed: None, MANIFEST  # type: ignore[arg-type]
+        directory, log_, journal, threading.Lock(), lambda _freed: None, MANIFEST,  # type: ignore[arg-type]
+        lambda: None, lambda: None, counts=False,
     )  # fmt: skip
     journal.put(Kind.LOG, 0, bytes(16))
     for n in range(count):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from wbfuse.store.contract import Store
 from wbfuse.store.directory import DirectoryStore, nodes, syscalls
+from wbfuse.store.directory.fds import Fd
+from wbfuse.store.directory.private import Private
 from wbfuse.writeback.cache import WritebackCache
 from wbfuse.writeback.disk.directory import MANIFEST, Directory
 from wbfuse.writeback.disk.load import Loaded, load
@@ -65,6 +68,20 @@ def unwritten(note: str, anywhere: bool = False) -> str:
     return f"the log {path}{there}: mount with --log {path}"
 
 
+def _peek(source: str) -> list[str]:
+    """The notes of a source that is not mounted, which is not touched. Raises LogError, SourceError."""
+    if "://" in source:
+        from wbfuse.store.volume.store import notes_of
+
+        return notes_of(source)[0]
+    try:
+        root = Fd(os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        note = Private(root).noted_log()
+    except OSError as e:
+        raise LogError(f"{source}: {e.strerror}") from e
+    return [] if note is None else [note]
+
+
 def notes(source: str) -> tuple[list[str], Callable[[], None]]:
     """The notes of logs that mounts of a source have left, and how to remove them. Raises SourceError."""
     if "://" in source:
@@ -85,23 +102,27 @@ class LogDirectory:
     def __init__(self, path: str, spec: Spec, kept: dict[str, int]) -> None:
         self.directory = Directory(path, kept.get("disk"), make=True)
         self.loaded: Loaded | None = None
-        self._manifest: dict[str, Any]
-        found = self.directory.manifest()
-        ended = found is not None and found.pop("ended", False)  # of the mount before; this one has only begun
-        if found is not None and kept:  # it was looked at by the first worker
-            self._manifest = found
-            return
+        self._there = False
+        """A manifest names chunks that count, if the source's note agrees."""
+        self._first = not kept
         whose = _whose(kept["source"]) if "source" in kept else identity(spec)
-        self._manifest = {"source": spec.name, "identity": whose, "uuid": spec.log_uuid}
+        self._manifest: dict[str, Any] = {"source": spec.name, "identity": whose, "uuid": spec.log_uuid}
+        if self.directory.trouble and kept:
+            return
+        found = self.directory.manifest()
         if found is None:
             return
         if found["identity"] != whose:
             raise LogError(
                 f"{path}: holds the log of {found['source']}; mount that with it, or see: wbfuse recover {path}/"
             )
+        ended, begun = found.pop("ended", False), found.pop("begun", False)
         self._manifest = found
-        if ended:
+        self._there = not ended
+        if kept or ended:  # the first worker has looked at it, or there is nothing to be seen
             return
+        if begun and not any(is_note_of(note, self.uuid) for note in _peek(spec.source)):
+            return  # a mount died before it was of any use
         self.loaded = load(self.directory, lambda table: adapt(table, spec))
         if self.loaded is not None:
             log.info("%s: %d files have what the store has not", path, self.loaded.dirty)
@@ -117,10 +138,12 @@ class LogDirectory:
 
     def writer(self, cache: WritebackCache, store: Store) -> DiskLog:
         """To be started. Raises LogError where there is no room."""
-        size, max_write = cache.log.asked
-        count, chunk = chunks_of(Geometry(size, max_write))
-        self.directory.reserve(count, chunk)
+        if self._first:
+            self.directory.reserve(*chunks_of(Geometry(*cache.log.asked)))
         note = self.note
+        counts, trouble = self._there, self.directory.trouble
+        with contextlib.suppress(OSError):  # where it cannot be told, it may
+            counts = counts and store.noted_log() == note
 
         def remember() -> None:
             if store.noted_log() != note:
@@ -128,7 +151,7 @@ class LogDirectory:
 
         return DiskLog(
             self.directory, cache.log, cache.journal, cache.lock, cache.freed, self._manifest, remember,
-            lambda: store.note_log(None),
+            lambda: store.note_log(None), counts, trouble,
         )  # fmt: skip
 
 

@@ -305,7 +305,7 @@ class Mount:
         try:
             self.disk.end()
             self._log_dir.directory.clear()
-        except OSError as e:  # replaying it again would do no harm
+        except (OSError, LogError) as e:  # replaying it again would do no harm
             log.warning("%s: the log could not be removed: %s", self.spec.log_dir, e)
 
     def _set_aside(self, ino: int, size: int, rounds: list[list[Piece]]) -> None:

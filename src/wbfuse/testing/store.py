@@ -179,6 +179,8 @@ class StoreContract:
         for name in first[50:60]:
             if name.startswith(b"n"):
                 store.unlink(ROOT_INO, name)
+        store.create(ROOT_INO, b"new", 0o644, ME)
+        store.rename(ROOT_INO, b"new", ROOT_INO, next(name for name in first[70:] if name.startswith(b"n")), 0)
         rest = [e.name for e in store.readdir(ROOT_INO, offset)]
         assert not set(first) & set(rest)
         assert set(first) | set(rest) == names | {b".", b".."}

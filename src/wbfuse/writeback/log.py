@@ -9,7 +9,8 @@ Invariants:
   write-back is stable for free.
 - A segment is recycled when no live byte and no record of a pending change is in it, and it is neither the reader's
   tail nor the side segment (notes, and payloads that other threads copy in). A record of a payload stands in the
-  payload's own segment, so both live equally long; every payload takes a page, so its slots cannot run out.
+  payload's own segment, so both live equally long. A segment is full when its bytes or its slots have run out: a tail
+  that was somebody's side before its server died has notes as well.
 
 Not thread-safe by itself: the cache's lock guards all of it, except `tail`, which is the one reader's own.
 """
@@ -204,7 +205,7 @@ class Log:
                 if record.kind == _WRITE:
                     s.used = max(s.used, record.place - s.base + record.length + PAGE - 1 & -PAGE)
         self._free.reverse()
-        roomy = sorted((s for s in self.segments if s.live), key=lambda s: s.used)
+        roomy = sorted((s for s in self.segments if s.live), key=self._room, reverse=True)
         self._receiving = self._fresh() if self._free else self._go_on(roomy.pop(0))
         self._side = self._fresh() if self._free else self._go_on(roomy.pop(0))
         self._set_tail()
@@ -231,10 +232,15 @@ class Log:
         at = self._receiving.base + self._receiving.used
         self.tail = self._view[at : at + self.max_write]
 
+    def _room(self, s: Segment) -> int:
+        """How much a segment can take at least, in small payloads."""
+        return min(self._usable - s.used, (self.geometry.slots - s.records) * PAGE)
+
     @property
     def ready(self) -> bool:
-        """Whether the tail has room for a payload of max_write."""
-        return self._receiving.used + self.max_write <= self._usable
+        """Whether the tail has room for a payload of max_write, and its record."""
+        s = self._receiving
+        return s.used + self.max_write <= self._usable and s.records < self.geometry.slots
 
     def advance(self) -> None:
         """Make the tail ready; for the reader only. Raises LogFull."""

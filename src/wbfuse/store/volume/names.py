@@ -424,10 +424,12 @@ class VolumeNames:
             if flags & RENAME_EXCHANGE:
                 return self._exchange(c, (parent, name, moved), (newparent, newname, other), now)
             victim = None
-            if other is not None:
+            if other is not None:  # its name keeps its cookie: a listing that has passed it must not meet it again
                 victim = self._replace(c, moved, other, now)
-                c.execute(_REMOVE_DENTRY, {"p": newparent, "n": newname})
-            c.execute(_MOVE_DENTRY, {"p": parent, "n": name, "np": newparent, "nn": newname, "k": cookie})
+                c.execute(_REMOVE_DENTRY, {"p": parent, "n": name})
+                self._point(c, newparent, newname, moved)
+            else:
+                c.execute(_MOVE_DENTRY, {"p": parent, "n": name, "np": newparent, "nn": newname, "k": cookie})
             directory = stat.S_ISDIR(moved.mode)
             above = newparent if directory else 0
             learned = [c.execute(_RELINK, {"i": moved.ino, "links": 0, "t": now, "above": above}).one()]
@@ -458,8 +460,7 @@ class VolumeNames:
         links = {one[0]: 0, two[0]: 0}
         learned = []
         for (old, _, row), (new, name, _) in ((one, two), (two, one)):
-            where = (dentries.c.parent == new) & (dentries.c.name == name)
-            c.execute(update(dentries).where(where).values(ino=row.ino, type=row.mode >> 12))
+            self._point(c, new, name, row)
             directory = stat.S_ISDIR(row.mode)
             links[old] -= directory
             links[new] += directory
@@ -467,6 +468,12 @@ class VolumeNames:
             learned.append(c.execute(_RELINK, {"i": row.ino, "links": 0, "t": now, "above": above}).one())
         learned += [c.execute(_TOUCH, {"i": p, "links": n, "t": now}).one() for p, n in sorted(links.items())]
         return None, learned, [(one[0], one[1], two[2].ino), (two[0], two[1], one[2].ino)]
+
+    @staticmethod
+    def _point(c: Connection, parent: int, name: bytes, row: Any) -> None:
+        """A name is that of another file from now on."""
+        where = (dentries.c.parent == parent) & (dentries.c.name == name)
+        c.execute(update(dentries).where(where).values(ino=row.ino, type=row.mode >> 12))
 
     def _no_cycle(self, c: Connection, moved: Any, newparent: int) -> None:
         """EINVAL where a directory would come to stand below itself. One such move at a time: two could make a ring."""

@@ -24,7 +24,7 @@ from typing import Any
 
 from wbfuse.store.directory import syscalls
 from wbfuse.wire.constants import RENAME_EXCHANGE
-from wbfuse.writeback.disk.format import PAGE, Header
+from wbfuse.writeback.disk.format import PAGE, DamagedError, Header
 from wbfuse.writeback.log import LogError
 
 MANIFEST = "manifest.json"
@@ -80,7 +80,8 @@ def _write(fd: int, buffers: Sequence[memoryview | bytes], at: int) -> None:
 class Directory:
     """`path`, locked as long as the descriptor lives. Raises LogError where that cannot be.
 
-    `fd` (owned from now on): of a server that died, with its lock.
+    `fd` (owned from now on): of a server that died, with its lock; then it is no error but `trouble` where the
+    directory cannot be read any more.
     """
 
     def __init__(self, path: str, fd: int | None = None, make: bool = False) -> None:
@@ -92,7 +93,15 @@ class Directory:
         """The file in which a chunk of (epoch, number) stands."""
         self.newest_epoch = 0
         """The highest that stands in any file, needed or not."""
-        self._find()
+        self.trouble = ""
+        """Why it cannot be read."""
+        try:
+            self._find()
+        except LogError as e:
+            if fd is None:
+                raise
+            self.trouble = str(e)
+            self._at, self._free = {}, []
 
     @staticmethod
     def _open(path: str, make: bool) -> int:
@@ -129,6 +138,8 @@ class Directory:
             fd = os.open(MANIFEST, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
         except FileNotFoundError:
             return None
+        except OSError as e:
+            raise LogError(f"{self.path}/{MANIFEST}: {e.strerror}") from e
         with os.fdopen(fd, "rb") as f:
             try:
                 found = json.load(f)
@@ -136,7 +147,9 @@ class Directory:
                 uuid.UUID(found["uuid"])
                 if not sound:
                     raise ValueError("no epoch, source or identity")
-            except (ValueError, KeyError, TypeError, AttributeError) as e:
+            except OSError as e:
+                raise LogError(f"{self.path}/{MANIFEST}: {e.strerror}") from e
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
                 raise LogError(f"{self.path}/{MANIFEST}: is damaged ({e}); see: wbfuse recover {self.path}/") from e
         return dict(found)
 
@@ -177,19 +190,28 @@ class Directory:
     # chunks
 
     def _names(self) -> list[str]:
-        return sorted(name for name in os.listdir(self.fd) if name.endswith(_SUFFIX))
+        try:
+            return sorted(name for name in os.listdir(self.fd) if name.endswith(_SUFFIX))
+        except OSError as e:
+            raise LogError(f"{self.path}: {e.strerror}") from e
 
     def _find(self) -> None:
         """What stands in which file, and which files are free: those that the manifest's epoch does not need."""
         try:
             manifest = self.manifest()
-        except LogError:
+        except LogError as e:
             manifest = None  # who wants it will be told
+            self.trouble = str(e)
         found: dict[tuple[int, int], str] = {}
         heads: dict[int, tuple[int, int]] = {}
         self._free = []
         for name in self._names():
-            header = Header.decode(self._page(name))
+            try:
+                header = Header.decode(self._page(name))
+            except OSError as e:
+                raise LogError(f"{self.path}/{name}: {e.strerror}") from e
+            except DamagedError as e:
+                raise LogError(f"{self.path}/{name}: {e}") from e
             if header is None:
                 self._free.append(name)
                 continue

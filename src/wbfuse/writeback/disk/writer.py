@@ -1,8 +1,8 @@
 """The writer: carries what is new in log and journal to the chunks of a log on disk, batch by batch.
 
-    BEGINNING --all of it durable, manifest--> CURRENT --error--> WITHDRAWING --manifest or note gone--> BROKEN
-       ^ |error, and an older epoch counts: again later                                                     |
-       +-+-------------------------------------------a while later------------------------------------------+
+    BEGINNING --all of it durable, manifest, note--> CURRENT --error--> WITHDRAWING --manifest or note gone--> BROKEN
+       ^ |error, and an older epoch counts: again later, a few times                                              |
+       +-+----------------------------------------------a while later---------------------------------------------+
 
 A batch is what was new at one instant, taken with the cache's lock held: records and payloads of segments that are
 pinned until they are written, and everything that went to the journal. So after each COMMIT the chunks say what
@@ -40,6 +40,8 @@ _IDLE = 1.0
 """Seconds after which what was written is made durable though nobody asked."""
 _AGAIN = 5.0
 """Seconds after which a log that could not be written is tried again."""
+_TRIES = 3
+"""How often a new epoch is begun before the older one, which the store waits for, is withdrawn."""
 
 
 class State(Enum):
@@ -57,12 +59,14 @@ class DiskLog:
 
     `manifest` is what to publish; `start` runs the writer in a thread of its own. `remember` and `forget` have the
     source note durably that it has this log, or none: a log counts only where manifest and note agree. Raise OSError.
+
+    `counts`: there is one that does. `trouble`: why that cannot be told, which is an error of its disk.
     """
 
     def __init__(
         self, directory: Directory, log_: Log, journal: Journal, lock: threading.Lock, freed: Callable[[bool], None],
-        manifest: dict[str, Any], remember: Callable[[], None] = lambda: None,
-        forget: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.monotonic,
+        manifest: dict[str, Any], remember: Callable[[], None], forget: Callable[[], None], counts: bool,
+        trouble: str = "", clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self._remember, self._forget = remember, forget
         self._clock = clock
@@ -89,11 +93,15 @@ class DiskLog:
         """The highest sequence in it, and in the last one that is durable."""
         self._durable_batch = 0
         self._stopping = self._abandoned = False
-        self.error = ""
+        self.error = trouble
         """Why nothing can be written; empty while it can."""
-        self.state = State.BEGINNING
-        self._older = bool(directory.chunks())
+        self.state = State.WITHDRAWING if trouble else State.BEGINNING
+        self._older = counts
         """An epoch before this one counts on disk, and the store has nothing that it does not know of."""
+        self._tries = 0
+        """How often it has waited for a new one in vain."""
+        self._published = False
+        """Nobody knows whether a manifest names the epoch that is being begun."""
         self._thread = threading.Thread(target=self._run, name="disk-log", daemon=True)
         journal.on_append = self._appended
         log_.on_stamp = self._stamped
@@ -252,7 +260,6 @@ class DiskLog:
         """A new epoch: everything is written again, and counts once it is durable."""
         with self._mutex:
             self.state = State.BEGINNING  # from here on the store gets nothing that is not here
-        self._remember()
         old = self._directory.chunks()
         with self._lock:
             for s in self._log.segments:
@@ -263,10 +270,16 @@ class DiskLog:
         self._stream.begin()
         self._write_batch()
         self._stream.sync()
+        # The manifest before the note: else an older one that the store has left behind would count again. Until the
+        # note is there, a manifest that has only begun is of no log.
+        self._published = True
+        self._directory.publish(self._manifest | {"epoch": self._stream.epoch, "begun": True})
+        self._remember()
         self._directory.publish(self._manifest | {"epoch": self._stream.epoch})
         self._directory.remove(old)
         with self._mutex:
-            self.state, self.error, self._older = State.CURRENT, "", True
+            self.state, self.error, self._older, self._tries = State.CURRENT, "", True, 0
+            self._published = False
         self._sync()
 
     def _break(self, error: OSError) -> None:
@@ -277,8 +290,10 @@ class DiskLog:
         with self._mutex:
             self.error = error.strerror or str(error)
         if self.state is State.BEGINNING:
-            self._directory.remove(chunk for chunk in self._directory.chunks() if chunk[0] == self._stream.epoch)
-            if self._older:
+            if not self._published:
+                self._directory.remove(chunk for chunk in self._directory.chunks() if chunk[0] == self._stream.epoch)
+            self._tries += 1
+            if self._older and self._tries < _TRIES:
                 return  # it counts, and is all that there is: the store waits until this works
         with self._mutex:
             self.state = State.WITHDRAWING
