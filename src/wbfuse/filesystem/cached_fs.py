@@ -15,8 +15,9 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -83,10 +84,11 @@ class CachedFileSystem(StoreFileSystem):
         renames.waits = self._may_be_behind
         renames.settle = self._settle
         renames.on_released = cache.let_go_on
-        renames.on_gone = self._lost
-        self._follower = Follower(
-            renames, cache, self._pull_later if kernel_writeback else None, self._fresh_attr, self._lost
-        )
+        renames.on_gone = self._removed
+        renames.on_kept = self._kept
+        renames.incomplete = self._is_incomplete
+        pull = self._pull_later if kernel_writeback else None
+        self._follower = Follower(renames, cache, pull, self._taking, self._fresh_attr, self._lost)
         cache.held_back = renames.is_replaced
         self.cache = cache
         self.engine = engine
@@ -112,8 +114,8 @@ class CachedFileSystem(StoreFileSystem):
         self.cache.can_resend = bool(agreement.capabilities & Cap.HAS_RESEND)
         self.engine.pacer.on_room = self._ask_again
         self.engine.start()
-        self.renames.on_deferred = self._follower.deferred
-        self.follow_renames()
+        self.renames.on_deferred = self._follower.try_all
+        self._follower.try_all()
 
     def take_over(self) -> None:
         """Also replays the log."""
@@ -150,6 +152,10 @@ class CachedFileSystem(StoreFileSystem):
             return not self._durable_commits
         with self.cache.lock:
             return bool(f.opens or f.core.generations or f.busy) or not self._durable_commits
+
+    def _is_incomplete(self, ino: int) -> bool:
+        f = self.cache.files.get(ino)
+        return ino in self.cache.incomplete or (f is not None and f.lost is not None)
 
     def follow_renames(self) -> None:
         """See to all renames that wait, also of a server before this one."""
@@ -192,6 +198,30 @@ class CachedFileSystem(StoreFileSystem):
             if f is not None:
                 f.attr.nlink = 0
 
+    def _removed(self, ino: int, links: int) -> None:
+        """As `_lost`, for who has done it already."""
+        try:
+            self._lost(ino, links)
+        except OSError as e:
+            log.warning("node %d lost a name, and how many it has left is not known: %s", ino, e.strerror)
+
+    def _kept(self, ino: int) -> None:
+        """What was to be replaced is the file again."""
+        try:
+            self.changed(ino, self.store.getattr(ino))
+        except OSError as e:
+            log.warning("node %d is not replaced, and its links are not known: %s", ino, e.strerror)
+
+    @contextmanager
+    def _taking(self, ino: int) -> Iterator[None]:
+        """A file that is about to be changed stays this mount's, also where the cache lets go of it meanwhile."""
+        self.store.hold(ino)  # who acquires must hold
+        try:
+            self.store.acquire(ino)
+            yield
+        finally:
+            self.store.drop(ino)
+
     def _file(self, request: Request, ino: int) -> File:
         """The cache's state of `ino`, read from the store where it is new (which may block)."""
         f = self.cache.files.get(ino)
@@ -199,12 +229,8 @@ class CachedFileSystem(StoreFileSystem):
             return f
         if not request.blocking:
             raise WouldBlock
-        self.store.hold(ino)  # who acquires must hold
-        try:
-            self.store.acquire(ino)
+        with self._taking(ino):
             return self.cache.adopt(ino, self._fresh_attr(ino))
-        finally:
-            self.store.drop(ino)
 
     def _fresh_attr(self, ino: int) -> Attr:
         """The attributes of a file, not older than what the cache has let go meanwhile."""
@@ -243,6 +269,15 @@ class CachedFileSystem(StoreFileSystem):
             raise WouldBlock
         if valid & FATTR_SIZE and change.size > MAX_OFFSET:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        if not self.store.capabilities.shared or not (valid & FATTR_SIZE or ino in self.cache.files):
+            return self._set(request, change)
+        if not request.blocking:
+            raise WouldBlock
+        with self._taking(ino):
+            return self._set(request, change)
+
+    def _set(self, request: Request, change: wire.Setattr) -> Attr:
+        ino, valid = request.nodeid, change.valid
         f = self._file(request, ino) if valid & FATTR_SIZE else self.cache.files.get(ino)
         same = self._same_times(request, f, change)
         if same is not None:
@@ -255,8 +290,6 @@ class CachedFileSystem(StoreFileSystem):
             return super().setattr(request, change)
         # Other hosts see it at their next open, but no close of this file will come.
         at_once = bool(valid & FATTR_SIZE) and not f.opens and self.store.capabilities.shared
-        if at_once and not request.blocking:
-            raise WouldBlock
         if valid & FATTR_SIZE:
             self._noted(self.cache.truncate, request, f, change.size, time.time_ns())
         wanted = self._change(change, time.time_ns())
@@ -349,14 +382,15 @@ class CachedFileSystem(StoreFileSystem):
         """A writable handle, or one of a file that is dirty, keeps the file's state; another only holds the file."""
         ino = handle.ino
         self.store.hold(ino)  # before anything is asked of it: an unlink may be under way
-        f = self.cache.open(ino, None)
-        if f is None and handle.writable:
-            try:
+        try:
+            if handle.writable:
                 self.store.acquire(ino)
+            f = self.cache.open(ino, None)
+            if f is None and handle.writable:
                 f = self.cache.open(ino, attr or self._fresh_attr(ino))
-            except OSError:
-                self.store.drop(ino)
-                raise
+        except OSError:
+            self.store.drop(ino)
+            raise
         if f is not None:
             self.store.drop(ino)  # the cache holds it now
             handle.errors_seen = f.error_sequence

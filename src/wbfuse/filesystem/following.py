@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from functools import partial
 
 from wbfuse.wire.types import Attr
@@ -26,16 +27,19 @@ _LOOK_AGAIN = 1.0
 class Follower:
     """`pull` has the kernel hand over what it holds of a file, and is None where it holds nothing.
 
-    `fresh` gives a file's attributes; `lost` is told of names that went, as Store.rename answers.
+    `taking` keeps a file this mount's, which raises EBUSY where another host has it; `fresh` gives its attributes.
+    `lost` is told of names that went, as Store.rename answers.
     """
 
     def __init__(
         self, renames: DeferredRenames, cache: WritebackCache, pull: Callable[[int], Future[None]] | None,
-        fresh: Callable[[int], Attr], lost: Callable[[int, int], None],
+        taking: Callable[[int], AbstractContextManager[None]], fresh: Callable[[int], Attr],
+        lost: Callable[[int, int], None],
     ) -> None:  # fmt: skip
         self._renames = renames
         self._cache = cache
         self._pull = pull
+        self._taking = taking
         self._fresh = fresh
         self._lost = lost
         self._following = threading.Lock()
@@ -56,15 +60,22 @@ class Follower:
         """See to all that wait, also of a server before this one. Raises OSError where the store does not answer."""
         with self._following:
             for move in self._renames.pending:
-                if not move.followed:
-                    self._follow(move)
+                if move.followed:
+                    continue
+                try:
+                    with self._taking(move.ino):
+                        self._follow(move)
+                except OSError as e:
+                    if e.errno != errno.EBUSY:
+                        raise
+                    self.carry_out(move)  # another host has the source, so all that was written here is durable
 
-    def deferred(self, move: Move) -> None:
-        """A rename was taken."""
+    def try_all(self, *_move: Move) -> None:
+        """`follow_all`, where another time will do as well: the next rename, sync, or unmount."""
         try:
             self.follow_all()
-        except OSError as e:  # the next one, or the next sync, sees to it as well
-            log.warning("a rename of node %d waits: %s", move.ino, e.strerror)
+        except OSError as e:
+            log.warning("renames wait: %s", e.strerror)
 
     def _follow(self, move: Move) -> None:
         """Have it carried out once everything that was written to its source so far is durable."""

@@ -94,6 +94,8 @@ class WritebackCache:
         """(ino, size, answer) of WRITEs whose replies wait, in order of arrival."""
         self.draining = 0
         self.in_flight_bytes = 0
+        self.incomplete: set[int] = set()
+        """Files of which something was set aside, until they are cut to nothing."""
         self.last_error = ""
         self.taken: dict[int, int] = {}
         """unique -> length of WRITEs that a server before this one took, and perhaps did not answer."""
@@ -323,6 +325,8 @@ class WritebackCache:
             token = self.log.note(Kind.TRUNCATE, unique, g.ino, size, 0, 0, mtime_ns or g.core.mtime_ns)
             self.freed(self.log.unnote(g.core.superseded_by_truncate(size)))
             self.freed(self.log.release(g.core.truncate(size, self.clock(), self.log.sequence, token, mtime_ns)))
+            if size == 0:
+                self.incomplete.discard(g.ino)
 
         self._change(f, change, wait)
 
@@ -406,6 +410,7 @@ class WritebackCache:
                 return
             f.unlinked = True
             f.attr.nlink = 0
+            self.incomplete.discard(ino)
             answers = self._unpark(ino) if f.opens else self._discard(f)
             forget = self._forgettable(f)
         self._answer_all(answers)

@@ -443,6 +443,7 @@ class Engine:
             if kept:
                 del f.core.generations[: len(gone)]
                 cache._release(f, gone)
+                cache.incomplete.add(f.ino)
                 cache.failing.pop(f.ino, None)
             cache.freed(cache.log.unpin(pinned))
             waiters, f.waiters = f.waiters, []

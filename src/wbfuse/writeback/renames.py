@@ -106,7 +106,12 @@ class DeferredRenames:
         self.on_released: Callable[[int], None] = lambda _ino: None
         """Called when nothing of a file is held back any more (see `is_replaced`)."""
         self.on_gone: Callable[[int, int], None] = lambda _ino, _links: None
-        """Called with a replaced file that lost its name otherwise than by being replaced, as Store.unlink answers."""
+        """Called with a replaced file that lost its name otherwise than by being replaced, as Store.unlink answers.
+        Must not raise."""
+        self.on_kept: Callable[[int], None] = lambda _ino: None
+        """Called with a file that is not replaced after all. Must not raise."""
+        self.incomplete: Callable[[int], bool] = lambda _ino: False
+        """Whether a file has lost data that was written to it, so that it must not replace another."""
         self.on_deferred: Callable[[Move], None] = lambda _move: None
         """Called when a rename has been taken; it is to be carried out once the data of its source is durable."""
         self.settle: Callable[[Move], object] = self.carry_out
@@ -248,6 +253,11 @@ class DeferredRenames:
                 self._store.drop(ino)
         held.clear()
 
+    def _cancel(self, move: Move) -> None:
+        """Held: lock. It is not renamed, and what it was to replace stays."""
+        self._end(move)
+        self.on_kept(move.victim)
+
     def carry_out(self, move: Move) -> tuple[int, int]:
         """Rename in the store, where that is still wanted. Answers as Store.rename; after OSError it waits on."""
         with self._lock:
@@ -260,6 +270,8 @@ class DeferredRenames:
                 if e.errno not in _GONE or self._ino_at(move.source) == move.ino:
                     raise
                 log.warning("node %d was moved away, so it does not become %r", move.ino, move.target[1])
+                self._cancel(move)
+                return lost
             self._end(move)
             return lost
 
@@ -275,7 +287,7 @@ class DeferredRenames:
         with self._lock:
             if self._moves.get(move.ino) is move:
                 log.error("%r is not replaced by node %d, whose data could not be written", move.target[1], move.ino)
-                self._end(move)
+                self._cancel(move)
 
     # names as they are shown
 
@@ -308,7 +320,7 @@ class DeferredRenames:
             with self._lock:  # it has just been carried out, or it steps aside
                 if self._at.get(place) is move and self._ino_at(move.source) != move.ino:
                     log.warning("node %d was moved away, so it does not become %r", move.ino, name)
-                    self._end(move)
+                    self._cancel(move)
 
     def readdir(self, ino: int, offset: int) -> Iterator[Dirent]:
         # As they are now: what is carried out during the listing is hidden, or shown, to its end.
@@ -408,6 +420,12 @@ class DeferredRenames:
         except FileNotFoundError:
             return 0, 0
 
+    def _remove_victim(self, move: Move) -> None:
+        """Held: lock. What it was to replace goes, from the name that it has; once, though this may be repeated."""
+        lost = self._remove(move.target)
+        if lost[0]:
+            move.lost = lost
+
     def unlink(self, parent: int, name: bytes) -> tuple[int, int]:
         place = (parent, name)
         self._check(place)
@@ -415,7 +433,7 @@ class DeferredRenames:
             with self._lock:
                 move = self._at.get(place)
                 if move is not None:
-                    move.lost = self._remove(move.target)
+                    self._remove_victim(move)
                     lost = self._remove(move.source)
                     self._end(move)
                     return self._left(lost)
@@ -428,6 +446,8 @@ class DeferredRenames:
 
     def rename(self, parent: int, name: bytes, newparent: int, newname: bytes, flags: int) -> tuple[int, int]:
         source, target = (parent, name), (newparent, newname)
+        if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
+            return self._store.rename(*source, *target, flags)  # which refuses what it does not know
         while True:
             self._check(source)
             # The kernel holds both directories, so no rename of these names can begin to wait meanwhile; one that waits
@@ -457,7 +477,8 @@ class DeferredRenames:
             # For applications something else was there, else the kernel would not ask, but a server before this one had
             # removed it when it died. As rename(2) of two names of one file the store would do nothing.
             return self._remove(source)
-        if not (self.waits(ino) and self._look(target) is not None):
+        wanted = self.waits(ino) or self.incomplete(ino)
+        if not (wanted and self._look(target) is not None):
             return self._store.rename(*source, *target, flags)
         with self._lock:
             if ino in self._moves:
@@ -479,7 +500,7 @@ class DeferredRenames:
             found = self._look(source if mine is None else mine.source)
             if mine is not None and (found is None or found[0] != mine.ino):
                 log.warning("node %d was moved away, so it does not become %r", mine.ino, source[1])
-                self._end(mine)
+                self._cancel(mine)
                 return None
             if found is None or (flags & RENAME_EXCHANGE and not waiting):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), source[1])
@@ -507,7 +528,7 @@ class DeferredRenames:
         begin = source if mine is None else mine.source
         """Where the store has it."""
         if mine is not None and target == mine.source:  # back to where it came from
-            mine.lost = self._remove(source)
+            self._remove_victim(mine)
             self._end(mine)
             return None, (0, 0)
         other = self._at.get(target)
@@ -516,6 +537,8 @@ class DeferredRenames:
         replaced = self._look(target)
         if flags & RENAME_NOREPLACE and (other is not None or replaced is not None):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target[1])
+        if self.incomplete(ino) and (other is not None or replaced is not None):
+            raise OSError(errno.EIO, "what was written to it is in quarantine", source[1])
         lost = (0, 0)
         if other is not None:
             lost = self._remove(other.source)
@@ -523,7 +546,7 @@ class DeferredRenames:
         elif replaced is not None:
             lost = replaced[0], replaced[1].nlink  # `_left` takes off what is lost by this one
         if mine is not None:
-            mine.lost = self._remove(source)
+            self._remove_victim(mine)
         if replaced is None or (other is not None and replaced[0] == ino):
             if replaced is None:
                 self._store.rename(*begin, *target, flags)
