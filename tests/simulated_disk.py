@@ -98,6 +98,9 @@ class SimDirectory:
         self._find()
         return self._newest
 
+    def damage(self, _manifest: dict[str, Any]) -> str:
+        return ""
+
     def manifest(self) -> dict[str, Any] | None:
         return self._manifest
 

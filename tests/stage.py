@@ -99,11 +99,11 @@ class Stage:
         journal: Journal | None = None,
     ) -> None:  # fmt: skip
         self.source = source
-        self.store = Hooked(DirectoryStore(str(source)))
-        self.store.capabilities = replace(self.store.capabilities, shared=shared)
         self.journal = journal or Journal()
+        self.store = Hooked(DirectoryStore(str(source), journal=self.journal))
+        self.store.capabilities = replace(self.store.capabilities, shared=shared)
         renames = DeferredRenames(cast(Store, self.store), self.journal)
-        self.cache = WritebackCache(renames.as_store(), 64 * MIB, MIB, 4 * MIB, clock)
+        self.cache = WritebackCache(renames.as_store(), 64 * MIB, MIB, 4 * MIB, clock, self.journal)
         self.engine = HookedEngine(self.cache, expire)
         self.fs = CachedFileSystem(renames, self.cache, self.engine, False, journal=self.journal)
         self.started = False

@@ -11,26 +11,15 @@ import shutil
 import signal
 import subprocess
 import threading
-import uuid
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests import powercut
 from tests.conftest import Mounted, Mounter, force_down, mounted_here, needs_mount, wbfuse
-from tests.simulated_disk import SimDirectory
 from tests.test_keeper import KILLS, kill_while_writing, kill_worker, right
 from tests.test_promises import wait_until
-from wbfuse.journal import Journal, Kind
-from wbfuse.writeback.disk import format as stream
-from wbfuse.writeback.disk.directory import Directory
-from wbfuse.writeback.disk.load import load, restore_log
-from wbfuse.writeback.disk.writer import DiskLog
-from wbfuse.writeback.log import Log, LogError
 
 SLOW = ("--bwlimit", "1MB/s", "--on-close", "background")
 """What is written stays in the log for a while."""
@@ -601,158 +590,6 @@ def test_times_that_were_set_are_not_undone(mounter: Mounter, log: Path) -> None
     down(m)
     again = mounter(*options(log), source=m.source)
     assert (again.path / "file").stat().st_mtime == 10**9
-
-
-# without a mount
-
-MANIFEST = {"source": "x", "uuid": "0" * 32, "identity": [1]}
-
-
-def made(directory: object, count: int = 40, seed: int = 1) -> tuple[Log, Journal]:
-    """A log of `count` payloads that a writer has brought to `directory`, batch by batch."""
-    rng = random.Random(seed)
-    log_, journal = Log(4 << 20, 1 << 18), Journal()
-    writer = DiskLog(
-        directory, log_, journal, threading.Lock(), lambda _freed: None, MANIFEST,  # type: ignore[arg-type]
-        lambda: None, lambda: None, counts=False,
-    )  # fmt: skip
-    journal.put(Kind.LOG, 0, bytes(16))
-    for n in range(count):
-        data = rng.randbytes(rng.randrange(1, 60_000))
-        place = log_.put(memoryview(data))
-        log_.stamp(n, 5, n * 1000, len(data), place, 1)
-        journal.put(Kind.NODE, n % 7, data[:40])
-        if n % 3 == 0:
-            writer.step(sync=n % 2 == 0)
-    writer.step(sync=True)
-    return log_, journal
-
-
-def test_what_is_loaded_is_what_was_there(tmp_path: Path) -> None:
-    directory = Directory(str(tmp_path / "log"), make=True)
-    log_, journal = made(directory)
-    loaded = load(directory)
-    assert loaded is not None
-    again = Log(4 << 20, 1 << 18, loaded.log)
-    assert again.scan() == log_.scan()
-    assert all(again.view(r.place, r.length) == log_.view(r.place, r.length) for _, r in log_.scan())
-    assert Journal(loaded.journal).inherited(Kind.NODE) == Journal(os.dup(journal.fd)).inherited(Kind.NODE)
-
-
-def test_damage_in_what_was_durable_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wbfuse.writeback.disk.stream.chunks_of", lambda _g: (0, 1 << 18))
-    directory = Directory(str(tmp_path / "log"), make=True)
-    made(directory)
-    chunks = directory.chunks()
-    assert len(chunks) > 3
-    path = tmp_path / "log" / directory._at[chunks[1]]
-    raw = bytearray(path.read_bytes())
-    raw[9000] ^= 1
-    path.write_bytes(raw)
-    with pytest.raises(LogError, match="chunk 2 is damaged"):
-        load(directory)
-    path.unlink()
-    with pytest.raises(LogError, match="chunk 2 is damaged"):
-        load(Directory(str(tmp_path / "log"), os.dup(directory.fd)))
-
-
-def test_a_newer_version_and_no_manifest_at_all(tmp_path: Path) -> None:
-    directory = Directory(str(tmp_path / "log"), make=True)
-    assert load(directory) is None
-    made(directory)
-    (chunk,) = directory.chunks()
-    path = tmp_path / "log" / directory._at[chunk]
-    raw = bytearray(path.read_bytes())
-    header = stream.Header.decode(raw)
-    assert header is not None
-    with patch.object(stream, "VERSION", stream.VERSION + 1):
-        raw[: stream.PAGE] = header.encode()
-    path.write_bytes(raw)
-    with pytest.raises(LogError, match="newer wbfuse"):
-        load(directory)
-    for text in ("", "{}", "[1]", json.dumps({"epoch": "1", "source": "x"})):
-        (tmp_path / "log/manifest.json").write_text(text)
-        with pytest.raises(LogError, match="is damaged"):
-            load(directory)
-
-
-@pytest.fixture(scope="module")
-def whole() -> bytes:
-    directory = SimDirectory(lambda: None, lambda: None)
-    made(directory, count=12)
-    (raw,) = map(bytes, directory.views())
-    return raw[: raw.rindex(stream.Kind.COMMIT.to_bytes(4, "little")) + 200].rstrip(b"\0") + bytes(4096)
-
-
-@settings(max_examples=400, deadline=None)
-@given(data=st.data())
-def test_whatever_stands_in_a_chunk_the_reader_misreads_nothing(whole: bytes, data: st.DataObject) -> None:
-    """Bits, pieces, lengths: a reader finds a prefix of what was there, or says what is wrong."""
-    raw = bytearray(whole)
-    for _ in range(data.draw(st.integers(1, 4))):
-        at = data.draw(st.integers(0, len(raw) - 1))
-        match data.draw(st.sampled_from(("bit", "zeros", "copy", "cut", "noise"))):
-            case "bit":
-                raw[at] ^= 1 << data.draw(st.integers(0, 7))
-            case "zeros":
-                raw[at : at + 512] = bytes(len(raw[at : at + 512]))
-            case "copy":
-                piece = raw[at : at + 4096]
-                to = data.draw(st.integers(0, len(raw) - len(piece)))
-                raw[to : to + len(piece)] = piece
-            case "cut":
-                del raw[at:]
-                raw += bytes(4096)
-            case "noise":
-                piece = data.draw(st.binary(min_size=1, max_size=100))
-                raw[at : at + len(piece)] = piece[: len(raw) - at]
-    before = stream.read([memoryview(whole)], 1, bytes(16))
-    assert before is not None
-    try:
-        after = stream.read([memoryview(bytes(raw))], 1, bytes(16))
-    except stream.DamagedError:
-        return
-    if after is None:
-        return
-    assert after.batches <= before.batches
-    for index, segment in after.segments.items():
-        for first, frame in segment.slots.items():
-            assert bytes(frame.body) == bytes(before.segments[index].slots[first].body)
-    os.close(restore_log(after))
-
-
-def test_a_chunk_that_is_begun_again_gets_nothing_of_what_stood_there() -> None:
-    """A power cut took the header of the first attempt and left its frames, so the same epoch begins again."""
-    disk = SimDirectory(lambda: None, lambda: None)
-    batches = []
-    for count in (12, 1):
-        made(disk, count)  # the same bytes, of which the second attempt has only the first
-        image = stream.read(disk.views(), 1, uuid.UUID(MANIFEST["uuid"]).bytes)
-        assert image is not None
-        batches.append(image.batches)
-        disk.withdraw()
-        (chunk,) = disk.files
-        chunk.cached[: stream.PAGE] = bytes(stream.PAGE)
-    assert batches == [5, 1]
-
-
-@settings(max_examples=200, deadline=None)
-@given(raw=st.binary(max_size=300), body=st.binary(max_size=200), first=st.integers(0, 1 << 32 - 1))
-def test_frames_that_are_whole_and_make_no_sense_are_refused(raw: bytes, body: bytes, first: int) -> None:
-    """Somebody made them, with right checksums."""
-    header = stream.Header(1, 1, 1, 0, 4 << 20, 1 << 18, bytes(16), 0)
-    parts = [
-        *stream.frame(header.seed, stream.Kind.JOURNAL, [raw]),
-        *stream.frame(header.seed, stream.Kind.SLOTS, [body], len(raw) % 9, 1, first % 9000, len(body) % 5),
-        *stream.frame(header.seed, stream.Kind.PAGES, [body], len(raw) % 9, 1, first % 9000, len(body) % 5),
-        *stream.commit(header.seed, 1, 5, 0),
-    ]
-    image = stream.read([memoryview(header.encode() + b"".join(map(bytes, parts)))], 1, bytes(16))
-    assert image is not None
-    try:
-        os.close(restore_log(image))
-    except LogError:
-        return
 
 
 @needs_mount

@@ -17,7 +17,7 @@ import pytest
 from tests.stage import MIB, PATIENCE, Stage, wait_for
 from tests.test_promises import wait_until
 from wbfuse.filesystem.api import Lent, WouldBlock
-from wbfuse.journal import Journal
+from wbfuse.journal import Journal, Kind
 from wbfuse.store.contract import ROOT_INO, Change, FencedError
 from wbfuse.store.directory import DirectoryStore
 from wbfuse.wire.constants import FATTR_MTIME, UNIQUE_RESEND
@@ -487,6 +487,44 @@ def test_an_append_that_is_sent_again_after_it_was_committed_goes_where_it_went(
         after.fs.release(after.request(ino), fh, 0)
         append(after, 1002, 16)
         assert after.stored("f") == b"first line\nonce\nonce\n"
+    finally:
+        after.end()
+
+
+def test_an_error_that_a_handle_has_not_heard_of_outlives_the_server(source: Path) -> None:
+    """Though the data has been written since, and the file is clean."""
+    before = Stage(source, expire=3600)
+    before.start()
+    ino, one = before.create(b"f")
+    other = before.fs.open(before.request(ino), os.O_RDWR, 0).fh
+
+    def fail(*_: object) -> None:
+        before.store.before.clear()
+        raise OSError(errno.EIO, "by the test")
+
+    before.store.before["commit"] = fail
+    before.write(ino, one, 0, b"data")
+    waits = before.fsync(ino, one)
+    assert waits is not None
+    assert before.reply(waits)[1] == errno.EIO
+    waits = before.fsync(ino, one)
+    assert waits is not None
+    assert before.reply(waits)[1] == 0
+    journal = Journal(os.dup(before.journal.fd))
+    before.end()
+    after = Stage(source, expire=3600, journal=journal)
+    try:
+        after.fs.take_over()
+        after.start()
+        with pytest.raises(OSError, match="Input/output"):
+            after.fsync(ino, other)
+        waits = after.fsync(ino, other)
+        assert waits is not None
+        assert after.reply(waits)[1] == 0
+        assert wait_until(lambda: not after.cache.files[ino].busy)
+        after.fs.release(after.request(ino), one, 0)
+        after.fs.release(after.request(ino), other, 0)
+        assert not Journal(os.dup(journal.fd)).inherited(Kind.ERROR)
     finally:
         after.end()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import struct
 import time
+from collections.abc import Callable
 
 import click
 
@@ -15,7 +17,7 @@ from wbfuse.writeback.disk.load import load
 from wbfuse.writeback.log import LogError
 from wbfuse.writeback.quarantine import Kept, default_directory, discard, entries, write_out
 from wbfuse.writeback.quarantine import export as export_entry
-from wbfuse.writeback.salvage import Dirty, dirty_files, in_memory
+from wbfuse.writeback.salvage import dirty_files, in_memory
 
 
 def _line(kept: Kept) -> str:
@@ -24,33 +26,55 @@ def _line(kept: Kept) -> str:
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(m["kept_at"]))
     if kept.images is not None:
         return f"{kept.name}  {when}  {m['path']}, {m['source']}"
-    return f"{kept.name}  {when}  {show_size(size)} of {m['path'] or 'inode ' + str(m['ino'])} in {m['source']}"
+    return f"{kept.name}  {when}  {show_size(size)} of {_shown(m['path']) or 'inode ' + str(m['ino'])} in {m['source']}"
 
 
-def _of_a_log(log: int, journal: int, directory: str | None) -> int:
+def _shown(path: str) -> str:
+    """A path as a terminal may have it: one line, and no commands."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in path)
+
+
+def _of_a_log(log: int, journal: int, source: str, directory: str | None) -> int:
     """Show the dirty files of a log; with `directory`, write them there under their paths. Answers how many."""
     count = 0
+    path_in = _paths_in(source)
     try:
         if directory is not None:
             os.makedirs(directory, exist_ok=True)
         for dirty in dirty_files(log, journal):
             count += 1
+            path = dirty.path or path_in(dirty.ino)
             size = sum(piece.length for pieces in dirty.rounds for piece in pieces)
-            click.echo(f"  {show_size(size)} of {dirty.path or 'inode ' + str(dirty.ino)}")
+            click.echo(f"  {show_size(size)} of {_shown(path) or 'inode ' + str(dirty.ino)}")
             if directory is not None:
-                target = os.path.join(directory, _below(dirty))
+                target = os.path.join(directory, _below(path) or f"inode-{dirty.ino}")
                 os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
                 ranges = write_out(target, dirty.size, dirty.rounds)
-                click.echo(f"    exported to {target}: " + ", ".join(f"{a} to {b}" for a, b in ranges))
+                click.echo(f"    exported to {_shown(target)}: " + ", ".join(f"{a} to {b}" for a, b in ranges))
     except OSError as e:
         raise click.ClickException(f"{e.filename or directory}: {e.strerror}") from e
+    except (ValueError, KeyError, IndexError, struct.error) as e:
+        raise click.ClickException(f"the log is damaged: {e}") from e
     return count
 
 
-def _below(dirty: Dirty) -> str:
-    """Where below a directory an export goes: nowhere else, whatever the log says."""
-    parts = [part for part in dirty.path.split("/") if part]
-    return os.path.join(*parts) if parts and ".." not in parts and "?" not in parts else f"inode-{dirty.ino}"
+def _paths_in(source: str) -> Callable[[int], str]:
+    """Where the files of a volume are, as far as its database says; a log names those of a directory itself."""
+    if "://" not in source:
+        return lambda _ino: ""
+    from wbfuse.store.volume.store import paths_in
+
+    try:
+        return paths_in(source)
+    except SourceError as e:
+        click.echo(f"  {source}: {e}; so files are shown by their numbers", err=True)
+        return lambda _ino: ""
+
+
+def _below(path: str) -> str:
+    """Where below a directory an export goes: nowhere else, whatever the log says. Empty where that cannot be told."""
+    parts = [part for part in path.split("/") if part]
+    return os.path.join(*parts) if parts and not {"..", "?"} & set(parts) and "\0" not in path else ""
 
 
 def _log_on_disk(path: str, export: str | None, throw: bool) -> None:
@@ -65,8 +89,10 @@ def _log_on_disk(path: str, export: str | None, throw: bool) -> None:
         loaded = None if manifest.get("ended") else load(directory, lenient=True)
         if loaded is not None and loaded.warning:
             click.echo(f"  damaged, so this is what could be read: {loaded.warning}")
-        if loaded is None or not _of_a_log(loaded.log, loaded.journal, export):
-            click.echo("  nothing that the store has not")
+        found = 0 if loaded is None else _of_a_log(loaded.log, loaded.journal, manifest["source"], export)
+        if not found:
+            whole = loaded is None or not loaded.warning
+            click.echo("  nothing that the store has not" if whole else "  in it nothing that the store has not")
     except LogError as e:
         if not throw:
             raise
@@ -150,13 +176,22 @@ def _quarantined(name: str | None, export: str | None, throw: bool) -> None:
         return
     if not named:
         raise click.UsageError(f"{name}: not in quarantine; see: wbfuse recover")
-    kept = named[0]
+    _one(named[0], export, throw)
+
+
+def _one(kept: Kept, export: str | None, throw: bool) -> None:
+    """Show an entry of the quarantine; copy its bytes, and remove it, where that was asked for."""
     click.echo(_line(kept))
     for start, end in kept.manifest["ranges"]:
         click.echo(f"  bytes {start} to {end}")
     if kept.images is not None:
-        log, journal = map(in_memory, kept.images)
-        _of_a_log(log, journal, export)
+        if not kept.sound():
+            click.echo("  damaged since it was kept, so this is what could be read")
+        try:
+            log, journal = map(in_memory, kept.images)
+        except OSError as e:
+            raise click.ClickException(f"{e.filename}: {e.strerror}") from e
+        _of_a_log(log, journal, kept.manifest["source"], export)
     elif export:
         if os.path.lexists(export):
             raise click.UsageError(f"{export}: is there already")
@@ -166,6 +201,6 @@ def _quarantined(name: str | None, export: str | None, throw: bool) -> None:
             raise click.ClickException(f"{export}: {e.strerror}") from e
         click.echo(f"exported to {export}")
     if throw:
-        click.confirm(f"remove {name} for good?", abort=True)
+        click.confirm(f"remove {kept.name} for good?", abort=True)
         discard(kept)
         click.echo("removed")

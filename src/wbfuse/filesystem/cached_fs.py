@@ -123,6 +123,7 @@ class CachedFileSystem(StoreFileSystem):
         for ino, records in self.cache.inherited().items():
             self.engine.take_over(ino, records)
         super().take_over()
+        self.cache.taken_over()
         for f in list(self.cache.files.values()):
             if f.attr.nlink == 0 and not f.opens:
                 self.gone(f.ino)  # who had it open is gone with the mount

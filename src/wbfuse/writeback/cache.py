@@ -189,7 +189,14 @@ class WritebackCache:
         f = self.files.get(ino)
         if f is None:
             self.store.hold(ino)
-            f = self.files[ino] = File(ino, attr, self.seal_bytes, self.seal_early)
+            f = self.files[ino] = self._new(ino, attr)
+        return f
+
+    def _new(self, ino: int, attr: Attr) -> File:
+        """Also with what the journal says of its errors."""
+        f = File(ino, attr, self.seal_bytes, self.seal_early)
+        if ino in self._errors:
+            f.error, f.error_sequence = _ERROR.unpack(self._errors.pop(ino))
         return f
 
     def closed(self, f: File) -> None:
@@ -246,20 +253,23 @@ class WritebackCache:
                 del found[ino]
             self.log.revive(records)
         self._errors = self.journal.inherited(Entry.ERROR)
-        for ino in self._errors.keys() - found.keys():
-            self.journal.remove(Entry.ERROR, ino)
         self.log.settle()
         return found
+
+    def taken_over(self) -> None:
+        """Everything is replayed, and every file that is open is adopted: nobody will ask for other errors."""
+        for ino in self._errors:
+            self.journal.remove(Entry.ERROR, ino)
+        self._errors = {}
 
     def replay(self, ino: int, attr: Attr | None, records: list[tuple[int, Record]]) -> File:
         """Take the changes of one file again, in their order. `attr` is the store's; None where it has not the file."""
         with self.lock:
             if attr is None:
-                f = self.files[ino] = File(ino, Attr(ino, 0), self.seal_bytes, self.seal_early)
+                f = self.files[ino] = self._new(ino, Attr(ino, 0))
             else:
                 f = self._adopt(ino, attr)
             f.marked = True
-            f.error, f.error_sequence = _ERROR.unpack(self._errors.pop(ino, _ERROR.pack(0, 0)))
             for (segment, record), following in zip(records, [*records[1:], None], strict=True):
                 self._replay(f, segment, record)
                 if following is not None and following[1].sequence == record.sequence:

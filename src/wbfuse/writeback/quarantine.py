@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import xxhash
+
 from wbfuse.store.contract import Piece
 from wbfuse.store.directory.syscalls import fallocate
 from wbfuse.wire.constants import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE
@@ -53,6 +55,11 @@ class Kept:
             return None
         return os.path.join(self.path, "log"), os.path.join(self.path, "journal")
 
+    def sound(self) -> bool:
+        """Whether the images are what was kept. Raises OSError."""
+        wanted = self.manifest.get("checksums", {})
+        return all(os.path.exists(p) and wanted.get(os.path.basename(p)) == _checksum(p) for p in self.images or ())
+
 
 def keep_log(directory: str, source: str, images: dict[str, int]) -> str:
     """Keep the memory files of a mount that nobody can serve, by name. Answers the entry's name. Raises OSError."""
@@ -67,8 +74,9 @@ def keep_log(directory: str, source: str, images: dict[str, int]) -> str:
                     if part.strip(b"\0"):
                         os.pwrite(out.fileno(), part, at)
                 os.fsync(out.fileno())
+        checksums = {name: _checksum(os.path.join(making, name)) for name in images}
         return {"source": source, "kind": "log", "ino": 0, "path": "the log of a mount that could not be served",
-                "size": 0, "ranges": []}  # fmt: skip
+                "size": 0, "ranges": [], "checksums": checksums}  # fmt: skip
 
     return _make(directory, "log", fill)
 
@@ -81,6 +89,14 @@ def keep(directory: str, source: str, ino: int, path: str, size: int, rounds: It
         return {"source": source, "ino": ino, "path": path, "size": size, "ranges": ranges}
 
     return _make(directory, str(ino), fill)
+
+
+def _checksum(path: str) -> str:
+    check = xxhash.xxh3_64()
+    with open(path, "rb") as f:
+        while part := f.read(_COPY):
+            check.update(part)
+    return check.hexdigest()
 
 
 def _make(directory: str, what: str, fill: Callable[[str], dict[str, Any]]) -> str:
@@ -141,10 +157,20 @@ def entries(directory: str) -> list[Kept]:
             path = os.path.join(directory, name)
             try:
                 with open(os.path.join(path, _MANIFEST), encoding="utf-8") as f:
-                    out.append(Kept(name, path, json.load(f)))
-            except (OSError, ValueError) as e:
+                    out.append(Kept(name, path, _sane(json.load(f))))
+            except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
                 log.warning("%s: not an entry of the quarantine: %s", path, e)
     return out
+
+
+def _sane(manifest: Any) -> dict[str, Any]:
+    """A manifest with all that is asked of it. Raises ValueError, KeyError or TypeError."""
+    for name, kind in (("source", str), ("path", str), ("ino", int), ("kept_at", int | float), ("ranges", list)):
+        if not isinstance(manifest[name], kind):
+            raise ValueError(f"its {name} makes no sense")
+    if not all(isinstance(start, int) and isinstance(end, int) for start, end in manifest["ranges"]):
+        raise ValueError("its ranges make no sense")
+    return dict(manifest)
 
 
 def discard(kept: Kept) -> None:

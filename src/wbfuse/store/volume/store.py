@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, func, insert, inspect, select
@@ -26,7 +27,7 @@ from wbfuse.store.volume.frames import DiskCache, FrameCache
 from wbfuse.store.volume.housekeeping import Housekeeper
 from wbfuse.store.volume.leases import Leases
 from wbfuse.store.volume.maps import Maps
-from wbfuse.store.volume.names import MOVES
+from wbfuse.store.volume.names import MOVES, path_of
 from wbfuse.store.volume.nodes import Nodes
 from wbfuse.store.volume.objects import MARK, Objects, ObjectsError, explain
 from wbfuse.store.volume.packer import COMPRESS
@@ -112,6 +113,16 @@ def notes_of(meta: str) -> tuple[list[str], Callable[[], None]]:
             fence(c, session)
 
     return list(found.values()), lambda: database.transact(act, durable=True)
+
+
+def paths_in(meta: str) -> Callable[[int], str]:
+    """One path of each inode of a volume, empty where it has none. Raises VolumeError."""
+    try:
+        database = Database(meta)
+    except DatabaseError as e:
+        raise VolumeError(str(e)) from e
+    read_settings(database)
+    return partial(path_of, database)
 
 
 def open_objects(found: dict[str, str], options: dict[str, str]) -> Objects:

@@ -38,9 +38,10 @@ _MOST_BUFFERS = 1024
 class Chunk:
     """A file of the directory, open for writing; `direct` is its second descriptor, past the page cache."""
 
-    def __init__(self, fd: int, direct: int | None) -> None:
+    def __init__(self, fd: int, direct: int | None, size: int) -> None:
         self._fd = fd
         self._direct = direct
+        self._size = size
 
     def write(self, buffers: Sequence[memoryview | bytes], at: int) -> None:
         """All of them, one after another. Raises OSError."""
@@ -59,6 +60,9 @@ class Chunk:
 
     def sync(self) -> None:
         os.fdatasync(self._fd)
+        found = os.fstat(self._fd)
+        if not found.st_nlink or found.st_size < self._size:
+            raise OSError(errno.ESTALE, "somebody has removed or cut a file of the log")
 
     def close(self) -> None:
         os.close(self._fd)
@@ -155,7 +159,9 @@ class Directory:
 
     def publish(self, manifest: dict[str, Any]) -> None:
         """From here on this is the manifest. Needs no room that is not there. Raises OSError."""
-        raw = json.dumps(manifest).encode().ljust(PAGE)
+        names = self._names()
+        files = {"files": len(names), "bytes": min((self._size(name) for name in names), default=0)}
+        raw = json.dumps(manifest | files).encode().ljust(PAGE)
         fd = os.open(_NEW, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
         try:
             _write(fd, [raw], 0)
@@ -190,10 +196,7 @@ class Directory:
     # chunks
 
     def _names(self) -> list[str]:
-        try:
-            return sorted(name for name in os.listdir(self.fd) if name.endswith(_SUFFIX))
-        except OSError as e:
-            raise LogError(f"{self.path}: {e.strerror}") from e
+        return sorted(name for name in os.listdir(self.fd) if name.endswith(_SUFFIX))
 
     def _find(self) -> None:
         """What stands in which file, and which files are free: those that the manifest's epoch does not need."""
@@ -205,13 +208,7 @@ class Directory:
         found: dict[tuple[int, int], str] = {}
         heads: dict[int, tuple[int, int]] = {}
         self._free = []
-        for name in self._names():
-            try:
-                header = Header.decode(self._page(name))
-            except OSError as e:
-                raise LogError(f"{self.path}/{name}: {e.strerror}") from e
-            except DamagedError as e:
-                raise LogError(f"{self.path}/{name}: {e}") from e
+        for name, header in self._headers():
             if header is None:
                 self._free.append(name)
                 continue
@@ -222,6 +219,27 @@ class Directory:
         self.newest_epoch = max(heads, default=0)
         self._at = {key: name for key, name in found.items() if key[0] == epoch and key[1] >= head}
         self._free += [name for key, name in found.items() if key not in self._at]
+
+    def _headers(self) -> list[tuple[str, Header | None]]:
+        """Of each file. Raises LogError."""
+        try:
+            return [(name, Header.decode(self._page(name))) for name in self._names()]
+        except OSError as e:
+            raise LogError(f"{self.path}: a file of it cannot be read: {e.strerror}") from e
+        except DamagedError as e:
+            raise LogError(f"{self.path}: {e}") from e
+
+    def _size(self, name: str) -> int:
+        return os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_size
+
+    def damage(self, manifest: dict[str, Any]) -> str:
+        """What is missing of the files that were there when a manifest was published; empty where nothing is."""
+        names = self._names()
+        missing, least = int(manifest.get("files", 0)) - len(names), int(manifest.get("bytes", 0))
+        short = [name for name in names if self._size(name) < least]
+        if missing > 0:
+            return f"{missing} of its files are missing"
+        return f"{short[0]} was cut short" if short else ""
 
     def _page(self, name: str) -> bytes:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
@@ -236,9 +254,11 @@ class Directory:
 
     def reserve(self, count: int, size: int) -> None:
         """Have so many chunks of `size` bytes in all. Raises LogError where there is no room for them."""
-        there = self._names()
-        missing = count - len(there)
-        free = self.free()
+        try:
+            missing = count - len(self._names())
+            free = self.free()
+        except OSError as e:
+            raise LogError(f"{self.path}: {e.strerror}") from e
         if missing * size > free:
             raise LogError(
                 f"{self.path}: {count * size >> 20} MiB are needed for this log, and {free >> 20} MiB are free;"
@@ -278,7 +298,7 @@ class Directory:
             os.close(fd)
             raise
         self._at[epoch, number] = self._free.pop()
-        return Chunk(fd, self._past_the_cache(name))
+        return Chunk(fd, self._past_the_cache(name), size)
 
     def _past_the_cache(self, name: str) -> int | None:
         try:

@@ -42,9 +42,13 @@ def load(
     if manifest is None:
         return None
     try:
+        damage = directory.damage(manifest)
+        if damage and not lenient:
+            raise DamagedError(damage)
         image = read(directory.views(), manifest["epoch"], uuid.UUID(manifest["uuid"]).bytes, lenient)
         if image is None:
             raise DamagedError("its chunks are missing")
+        image.warning = image.warning or damage
     except DamagedError as e:
         raise LogError(f"{directory.path}: the log cannot be used: {e}; see: wbfuse recover {directory.path}/") from e
     except OSError as e:
