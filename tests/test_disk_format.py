@@ -210,3 +210,18 @@ def test_a_file_of_the_log_that_somebody_removed_is_noticed_when_it_is_synced(tm
     with pytest.raises(OSError, match="removed or cut"):
         chunk.sync()
     chunk.close()
+
+
+def test_what_stands_behind_a_hole_is_read_where_somebody_recovers(whole: bytes) -> None:
+    manifest = 1, b"\0" * 16
+    sound = stream.read([memoryview(whole)], *manifest)
+    assert sound is not None
+    raw = bytearray(whole)
+    raw[stream.PAGE + 2000] ^= 1
+    with pytest.raises(stream.DamagedError, match="damaged at byte"):
+        stream.read([memoryview(raw)], *manifest)
+    read = stream.read([memoryview(raw)], *manifest, lenient=True)
+    assert read is not None
+    assert "damaged at byte" in read.warning
+    assert read.batch == sound.batch
+    assert read.batches == sound.batches - 1

@@ -57,7 +57,9 @@ class Kept:
 
     def sound(self) -> bool:
         """Whether the images are what was kept. Raises OSError."""
-        wanted = self.manifest.get("checksums", {})
+        wanted = self.manifest.get("checksums")
+        if wanted is None:  # it was kept before there were any
+            return True
         return all(os.path.exists(p) and wanted.get(os.path.basename(p)) == _checksum(p) for p in self.images or ())
 
 

@@ -10,7 +10,7 @@ frames says nothing but for the journal's. All numbers little-endian.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from struct import Struct
@@ -116,17 +116,15 @@ def commit(seed: int, batch: int, sequence: int, durable: int) -> list[memoryvie
 _ANY_COMMIT = _FRAME.pack(_COMMIT.size, Kind.COMMIT, 0, 0, 0, 0)[:16]
 
 
-def _durable_after(chunk: memoryview, at: int, seed: int) -> int:
-    """The highest batch that a COMMIT behind `at`, found wherever it stands, says was durable."""
-    raw, found = bytes(chunk[at:]), 0
+def _commits_after(chunk: memoryview, at: int, seed: int) -> Iterator[Frame]:
+    """Those behind `at`, wherever they stand."""
+    raw = bytes(chunk[at:])
     place = raw.find(_ANY_COMMIT)
     while place >= 0:
-        for f in frames(chunk, seed, at + place - _CHECK.size):
-            if f.kind == Kind.COMMIT:
-                found = max(found, _COMMIT.unpack(f.body)[1])
-            break
+        f = next(frames(chunk, seed, at + place - _CHECK.size), None)
+        if f is not None and f.kind == Kind.COMMIT:
+            yield f
         place = raw.find(_ANY_COMMIT, place + 1)
-    return found
 
 
 @dataclass(slots=True, frozen=True)
@@ -189,7 +187,7 @@ def read(chunks: Iterable[memoryview], epoch: int, uuid: bytes, lenient: bool = 
     """What the chunks of an epoch say, in any order and among others; None where nothing was ever committed in it.
 
     The image refers to the chunks. Raises DamagedError where something is missing that was there; with `lenient` what
-    stands before it is answered, with a `warning`.
+    stands around it is answered, with a `warning`.
     """
     headers = [(header, chunk) for chunk in chunks if (header := Header.decode(chunk)) is not None]
     found = {h.number: (h, chunk) for h, chunk in headers if (h.epoch, h.uuid) == (epoch, uuid)}
@@ -198,35 +196,48 @@ def read(chunks: Iterable[memoryview], epoch: int, uuid: bytes, lenient: bool = 
     last = max(found)
     first = found[last][0].head
     image = Image(found[last][0].log_size, found[last][0].max_write)
-    try:
-        _read_all(image, found, first, last)
-    except DamagedError as e:
+
+    def missing(what: str) -> None:
         if not lenient:
-            raise
-        image.warning = str(e)
+            raise DamagedError(what)
+        image.warning = image.warning or what
+
+    _read_all(image, found, range(first, last + 1), missing)
     return image if image.batches else None
 
 
-def _read_all(image: Image, found: dict[int, tuple[Header, memoryview]], first: int, last: int) -> None:
+def _read_all(
+    image: Image, found: dict[int, tuple[Header, memoryview]], numbers: range, missing: Callable[[str], None]
+) -> None:
+    """`missing` is told of each hole; where it does not raise, reading goes on behind the next COMMIT."""
     batch: list[Frame] = []
-    for number in range(first, last + 1):
+    for number in numbers:
+        more = f"{numbers[-1] - number} more follow it"
         if number not in found:
-            raise DamagedError(f"chunk {number} is damaged at its beginning; {last - number} more follow it")
+            missing(f"chunk {number} is damaged at its beginning; {more}")
+            batch = []
+            continue
         header, chunk = found[number]
-        at = PAGE
-        for f in frames(chunk, header.seed):
-            at = f.end
-            batch.append(f)
-            if f.kind == Kind.COMMIT:
-                _apply(image, batch)
-                batch = []
-        # A chunk is durable before the next is begun.
-        if number + 1 in found and found[number + 1][0].previous_end != at:
-            raise DamagedError(f"chunk {number} is damaged at byte {at}; {last - number} more follow it")
-        if number == last and _durable_after(chunk, at, header.seed) > image.batch:
-            raise DamagedError(f"chunk {number} is damaged at byte {at}, before what was durable")
-    if not image.batches and first > 1:  # its beginning went only after something later was durable
-        raise DamagedError(f"chunk {first} is damaged, and what was before it is gone")
+        at: int | None = PAGE
+        while at is not None:
+            for f in frames(chunk, header.seed, at):
+                at = f.end
+                batch.append(f)
+                if f.kind == Kind.COMMIT:
+                    _apply(image, batch)
+                    batch = []
+            behind = list(_commits_after(chunk, at, header.seed))
+            # A chunk is durable before the next is begun.
+            if number + 1 in found and found[number + 1][0].previous_end != at:
+                missing(f"chunk {number} is damaged at byte {at}; {more}")
+            elif number == numbers[-1] and any(_COMMIT.unpack(f.body)[1] > image.batch for f in behind):
+                missing(f"chunk {number} is damaged at byte {at}, before what was durable")
+            else:
+                break
+            batch = []
+            at = behind[0].end if behind else None
+    if not image.batches and numbers[0] > 1:  # its beginning went only after something later was durable
+        missing(f"chunk {numbers[0]} is damaged, and what was before it is gone")
 
 
 def _apply(image: Image, batch: list[Frame]) -> None:

@@ -78,20 +78,22 @@ def restore_log(image: Image) -> int:
                 raise LogError(f"segment {index} is beyond the end of the log")
             head = records.pack(segment.life, 0, 0, 0, 0, 0, records.Kind.LIFE)
             _pwrite(fd, memoryview(head), geometry.head(index))
-            for frame in segment.slots.values():
-                _restore(fd, geometry, frame)
+            slot = 0
+            for first in sorted(segment.slots):  # one after another, also where a damaged log has lost some
+                _restore(fd, geometry, segment.slots[first], slot)
+                slot += segment.slots[first].count
     except BaseException:
         os.close(fd)
         raise
     return fd
 
 
-def _restore(fd: int, geometry: Geometry, f: Frame) -> None:
-    """The records of a frame, and behind them their payloads, back to their places."""
+def _restore(fd: int, geometry: Geometry, f: Frame, slot: int) -> None:
+    """The records of a frame, from a slot on, and their payloads to their places."""
     body, index, payload = f.body, f.segment, f.payloads()
     if f.first + f.count > geometry.slots or payload > len(body):
         raise LogError(f"a frame of segment {index} does not fit")
-    _pwrite(fd, body[: f.count * records.SIZE], geometry.slot(index, f.first))
+    _pwrite(fd, body[: f.count * records.SIZE], geometry.slot(index, slot))
     low, high = index * geometry.segment_size, (index + 1) * geometry.segment_size
     run_place, run_start, run_end = 0, payload, payload
     for i in range(f.count):
