@@ -528,7 +528,8 @@ class Machine:
     # the seed
 
     def run(self) -> None:
-        makers = (self._write, self._write, self._write, self._write, self._truncate, self._zero, self._times)
+        writes = self.rng.choice((1, 4, 4, 12))
+        makers = (*[self._write] * writes, self._truncate, self._zero, self._times)
         for _ in range(OPERATIONS):
             self.store.faults = self.rng.choice((0, 0, 0, 0.3))
             if self.steps.left < 0 and self.rng.random() < 0.2:
