@@ -210,6 +210,8 @@ def test_a_file_of_the_log_that_somebody_removed_is_noticed_when_it_is_synced(tm
     with pytest.raises(OSError, match="removed or cut"):
         chunk.sync()
     chunk.close()
+    directory.remove(directory.chunks())
+    directory.create(2, 1, 1 << 20).close()  # in another file
 
 
 def test_what_stands_behind_a_hole_is_read_where_somebody_recovers(whole: bytes) -> None:

@@ -105,21 +105,22 @@ class LogDirectory:
         self._there = False
         """A manifest names chunks that count, if the source's note agrees."""
         self._first = not kept
-        whose = _whose(kept["source"]) if "source" in kept else identity(spec)
-        self._manifest: dict[str, Any] = {"source": spec.name, "identity": whose, "uuid": spec.log_uuid}
-        if self.directory.trouble and kept:
+        found = None if self.directory.trouble and kept else self.directory.manifest()
+        ended, begun = (False, False) if found is None else (found.pop("ended", False), found.pop("begun", False))
+        self._there = found is not None and not ended
+        if found is not None and kept:  # it was looked at by the first worker
+            self._manifest: dict[str, Any] = found
             return
-        found = self.directory.manifest()
+        whose = _whose(kept["source"]) if "source" in kept else identity(spec)
+        self._manifest = {"source": spec.name, "identity": whose, "uuid": spec.log_uuid}
         if found is None:
             return
         if found["identity"] != whose:
             raise LogError(
                 f"{path}: holds the log of {found['source']}; mount that with it, or see: wbfuse recover {path}/"
             )
-        ended, begun = found.pop("ended", False), found.pop("begun", False)
         self._manifest = found
-        self._there = not ended
-        if kept or ended:  # the first worker has looked at it, or there is nothing to be seen
+        if ended:
             return
         if begun and not any(is_note_of(note, self.uuid) for note in _peek(spec.source)):
             return  # a mount died before it was of any use

@@ -286,6 +286,8 @@ class Directory:
 
     def create(self, epoch: int, number: int, size: int) -> Chunk:
         """A chunk to be written anew, from its header on. Raises OSError."""
+        there = self._names()
+        self._free = [name for name in self._free if name in there]  # somebody may have removed some
         if not self._free:
             self._free.append(self._make())
             self.sync()
