@@ -96,11 +96,11 @@ class Stage:
 
     def __init__(
         self, source: Path, clock: Callable[[], float] = time.monotonic, expire: float = 0.02, shared: bool = False,
-        journal: Journal | None = None,
+        journal: Journal | None = None, root_fd: int | None = None,
     ) -> None:  # fmt: skip
         self.source = source
         self.journal = journal or Journal()
-        self.store = Hooked(DirectoryStore(str(source), journal=self.journal))
+        self.store = Hooked(DirectoryStore(str(source), journal=self.journal, root_fd=root_fd))
         self.store.capabilities = replace(self.store.capabilities, shared=shared)
         renames = DeferredRenames(cast(Store, self.store), self.journal)
         self.cache = WritebackCache(renames.as_store(), 64 * MIB, MIB, 4 * MIB, clock, self.journal)

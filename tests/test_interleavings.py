@@ -17,10 +17,9 @@ import pytest
 from tests.stage import MIB, PATIENCE, Stage, wait_for
 from tests.test_promises import wait_until
 from wbfuse.filesystem.api import Lent, WouldBlock
-from wbfuse.journal import Journal, Kind
 from wbfuse.store.contract import ROOT_INO, Change, FencedError
 from wbfuse.store.directory import DirectoryStore
-from wbfuse.wire.constants import FATTR_MTIME, UNIQUE_RESEND
+from wbfuse.wire.constants import FATTR_MTIME
 from wbfuse.wire.requests import Setattr
 from wbfuse.writeback import quarantine
 from wbfuse.writeback.cleaner import clean
@@ -458,75 +457,6 @@ def test_what_fails_for_good_is_set_aside_after_some_tries_and_what_may_pass_is_
             stage.write(ino, fh, 0, b"more")
     finally:
         stage.end()
-
-
-def test_an_append_that_is_sent_again_after_it_was_committed_goes_where_it_went(source: Path) -> None:
-    """A server dies after the record has left the log and before the reply; on a shared volume it chose the place."""
-    (source / "f").write_bytes(b"first line\n")
-
-    def append(stage: Stage, unique: int, end: int) -> tuple[int, int]:
-        ino = stage.fs.lookup(stage.request(ROOT_INO), b"f").nodeid
-        fh = stage.fs.open(stage.request(ino), os.O_RDWR | os.O_APPEND, 0).fh
-        request = stage.request(ino)
-        request.unique = unique
-        stage.fs.write(request, fh, end, memoryview(b"once\n"), 0, os.O_APPEND)
-        waits = stage.fsync(ino, fh)
-        assert waits is not None
-        assert stage.reply(waits)[1] == 0
-        return ino, fh
-
-    before = Stage(source, shared=True)
-    before.start()
-    append(before, 1000, 11)
-    before.end()
-    after = Stage(source, shared=True, journal=Journal(os.dup(before.journal.fd)))
-    after.start()
-    try:
-        ino, fh = append(after, 1000 | UNIQUE_RESEND, 11)
-        assert after.stored("f") == b"first line\nonce\n"
-        after.fs.release(after.request(ino), fh, 0)
-        append(after, 1002, 16)
-        assert after.stored("f") == b"first line\nonce\nonce\n"
-    finally:
-        after.end()
-
-
-def test_an_error_that_a_handle_has_not_heard_of_outlives_the_server(source: Path) -> None:
-    """Though the data has been written since, and the file is clean."""
-    before = Stage(source, expire=3600)
-    before.start()
-    ino, one = before.create(b"f")
-    other = before.fs.open(before.request(ino), os.O_RDWR, 0).fh
-
-    def fail(*_: object) -> None:
-        before.store.before.clear()
-        raise OSError(errno.EIO, "by the test")
-
-    before.store.before["commit"] = fail
-    before.write(ino, one, 0, b"data")
-    waits = before.fsync(ino, one)
-    assert waits is not None
-    assert before.reply(waits)[1] == errno.EIO
-    waits = before.fsync(ino, one)
-    assert waits is not None
-    assert before.reply(waits)[1] == 0
-    journal = Journal(os.dup(before.journal.fd))
-    before.end()
-    after = Stage(source, expire=3600, journal=journal)
-    try:
-        after.fs.take_over()
-        after.start()
-        with pytest.raises(OSError, match="Input/output"):
-            after.fsync(ino, other)
-        waits = after.fsync(ino, other)
-        assert waits is not None
-        assert after.reply(waits)[1] == 0
-        assert wait_until(lambda: not after.cache.files[ino].busy)
-        after.fs.release(after.request(ino), one, 0)
-        after.fs.release(after.request(ino), other, 0)
-        assert not Journal(os.dup(journal.fd)).inherited(Kind.ERROR)
-    finally:
-        after.end()
 
 
 def unlink_it(stage: Stage, ino: int, fh: int) -> None:

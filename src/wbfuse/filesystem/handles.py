@@ -54,11 +54,11 @@ class OpenTable:
         self._handles[fh] = handle
         return fh, handle
 
-    def opened_before(self, unique: int, ino: int) -> tuple[int, Handle] | None:
-        """What a dead server opened for this request, which the kernel sends again."""
+    def opened_before(self, unique: int, ino: int | None = None) -> tuple[int, Handle] | None:
+        """What a dead server opened (of a file, or any) for this request, which the kernel sends again."""
         fh = self._inherited.pop(unique & ~UNIQUE_RESEND, 0) if unique & UNIQUE_RESEND else 0
         handle = self._handles.get(fh)
-        return (fh, handle) if handle is not None and handle.ino == ino else None
+        return (fh, handle) if handle is not None and ino in (None, handle.ino) else None
 
     def get(self, fh: int) -> Handle | None:
         return self._handles.get(fh)

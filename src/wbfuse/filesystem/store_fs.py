@@ -359,6 +359,10 @@ class StoreFileSystem(FileSystem):
         return self._entry(found), Opened(self._open(request, found[0], flags), self._open_flags(found[0]))
 
     def tmpfile(self, request: Request, flags: int, mode: int, umask: int) -> tuple[Entry, Opened]:
+        before = self.handles.opened_before(request.unique)
+        if before is not None:  # it has no name by which it could be found
+            fh, handle = before
+            return self._entry((handle.ino, self.store.getattr(handle.ino))), Opened(fh, self._open_flags(handle.ino))
         return self._created(request, self.store.tmpfile(request.nodeid, mode, self._owner(request)), flags)
 
     def release(self, request: Request, fh: int, flags: int) -> None:
