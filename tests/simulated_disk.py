@@ -66,11 +66,13 @@ class SimDirectory:
     """As writer.Directory and load want it. The manifest is durable at once, as the real one is."""
 
     path = "simulated"
+    trouble = ""
 
     def __init__(self, steps: Callable[[], None], fault: Callable[[], None]) -> None:
         self._steps = steps
         self._fault = fault
         self._manifest: dict[str, Any] | None = None
+        self.newest_epoch = 0
         self.note = False
         """The source knows of it, durably."""
         self.gone = False
@@ -79,7 +81,7 @@ class SimDirectory:
         self._at: dict[tuple[int, int], SimChunk] = {}
         self._free: list[SimChunk] = []
 
-    def _find(self) -> None:
+    def look(self) -> None:
         """As directory.Directory does for each worker."""
         found, heads = {}, {}
         for file in self.files:
@@ -91,12 +93,7 @@ class SimDirectory:
         head = heads.get(epoch, (0, 0))[1]
         self._at = {key: file for key, file in found.items() if key[0] == epoch and key[1] >= head}
         self._free = [file for file in self.files if file not in self._at.values()]
-        self._newest = max(heads, default=0)
-
-    @property
-    def newest_epoch(self) -> int:
-        self._find()
-        return self._newest
+        self.newest_epoch = max(heads, default=0)
 
     def damage(self, _manifest: dict[str, Any]) -> str:
         return ""
@@ -156,7 +153,7 @@ class SimDirectory:
             self._free.insert(0, self._at.pop(chunk))
 
     def views(self) -> Iterator[memoryview]:
-        self._find()
+        self.look()
         for chunk in self.chunks():
             yield memoryview(bytes(self._at[chunk].cached))
 

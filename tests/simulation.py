@@ -279,6 +279,7 @@ class Machine:
                 self.engine.take_over(ino, records)
         if self.directory is not None:
             self.engine.sync_each = self.by_log
+            self.directory.look()
             self.cache.disk = self.disk = SimDisk(
                 self.directory, self.cache.log, self.journal, self.cache.lock, self.cache.freed, {"uuid": "0" * 32},
                 self.directory.remember, self.directory.forget, self.directory.counts,

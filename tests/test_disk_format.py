@@ -8,6 +8,7 @@ import random
 import threading
 import uuid
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -25,13 +26,13 @@ from wbfuse.writeback.log import Log, LogError
 MANIFEST = {"source": "x", "uuid": "0" * 32, "identity": [1]}
 
 
-def made(directory: object, count: int = 40, seed: int = 1) -> tuple[Log, Journal]:
+def made(directory: object, count: int = 40, seed: int = 1, trouble: str = "") -> tuple[Log, Journal]:
     """A log of `count` payloads that a writer has brought to `directory`, batch by batch."""
     rng = random.Random(seed)
     log_, journal = Log(4 << 20, 1 << 18), Journal()
     writer = DiskLog(
         directory, log_, journal, threading.Lock(), lambda _freed: None, MANIFEST,  # type: ignore[arg-type]
-        lambda: None, lambda: None, counts=False,
+        lambda: None, lambda: None, counts=False, trouble=trouble,
     )  # fmt: skip
     journal.put(Kind.LOG, 0, bytes(16))
     for n in range(count):
@@ -143,6 +144,7 @@ def test_a_chunk_that_is_begun_again_gets_nothing_of_what_stood_there() -> None:
     disk = SimDirectory(lambda: None, lambda: None)
     batches = []
     for count in (12, 1):
+        disk.look()
         made(disk, count)  # the same bytes, of which the second attempt has only the first
         image = stream.read(disk.views(), 1, uuid.UUID(MANIFEST["uuid"]).bytes)
         assert image is not None
@@ -212,6 +214,54 @@ def test_a_file_of_the_log_that_somebody_removed_is_noticed_when_it_is_synced(tm
     chunk.close()
     directory.remove(directory.chunks())
     directory.create(2, 1, 1 << 20).close()  # in another file
+
+
+@pytest.mark.parametrize("faults", [1, 2, 5])
+def test_who_waits_for_a_log_that_cannot_be_written_for_a_while_waits_no_longer(
+    monkeypatch: pytest.MonkeyPatch, faults: int
+) -> None:
+    """Though nothing new comes that could wake the writer: the older epoch counts, so the store must wait for it."""
+    monkeypatch.setattr("wbfuse.writeback.disk.writer._AGAIN", 0.01)
+    left = [OSError(5, "by the test")] * faults
+    publish = SimDirectory.publish
+
+    def fail(self: SimDirectory, manifest: dict[str, Any]) -> None:
+        if left:
+            raise left.pop()
+        publish(self, manifest)
+
+    monkeypatch.setattr(SimDirectory, "publish", fail)
+    log_, journal = Log(4 << 20, 1 << 18), Journal()
+    journal.put(Kind.LOG, 0, bytes(16))
+    writer = DiskLog(
+        SimDirectory(lambda: None, lambda: None), log_, journal, threading.Lock(), lambda _freed: None, MANIFEST,
+        lambda: None, lambda: None, counts=True,
+    )  # fmt: skip
+    waits = threading.Thread(target=writer.wait, daemon=True)
+    writer.start()
+    waits.start()
+    waits.join(20)
+    assert not waits.is_alive()
+    writer.stop()
+
+
+def test_an_epoch_is_not_begun_twice_where_a_directory_could_not_be_read_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = Directory(str(tmp_path / "log"), make=True)
+    made(directory, seed=1)
+    with monkeypatch.context() as m:
+        m.setattr(Directory, "_page", lambda _self, _name: os.read(-1, 1))
+        again = Directory(str(tmp_path / "log"), os.dup(directory.fd))
+    assert "cannot be read" in again.trouble
+    log_, _ = made(again, seed=2, trouble=again.trouble)
+    assert again.newest_epoch == 1
+    found = Directory(str(tmp_path / "log"), os.dup(directory.fd))
+    assert found.newest_epoch == 2
+    loaded = load(found)
+    assert loaded is not None
+    whole = Log(4 << 20, 1 << 18, loaded.log)
+    assert [record for _, record in whole.scan()] == [record for _, record in log_.scan()]
 
 
 def test_what_stands_behind_a_hole_is_read_where_somebody_recovers(whole: bytes) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import socket
+import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +113,9 @@ class LogDirectory:
             self._manifest: dict[str, Any] = found
             return
         whose = _whose(kept["source"]) if "source" in kept else identity(spec)
-        self._manifest = {"source": spec.name, "identity": whose, "uuid": spec.log_uuid}
+        # Where it cannot be read, nothing that stands there may be taken for what comes now.
+        number = str(uuid.uuid4()) if self.directory.trouble else spec.log_uuid
+        self._manifest = {"source": spec.name, "identity": whose, "uuid": number}
         if found is None:
             return
         if found["identity"] != whose:

@@ -189,6 +189,18 @@ class CachedFileSystem(StoreFileSystem):
                 f.set_attr(attr)
                 f.version += 1
 
+    def renewed(self, ino: int) -> None:
+        """Raises OSError."""
+        f = self.cache.files.get(ino)
+        while f is not None:
+            seen = f.attr_version
+            attr = self.store.getattr(ino)
+            with self.cache.lock:
+                if f.attr_version == seen:  # else somebody has asked later, or at the same time: who is right?
+                    f.set_attr(attr)
+                    f.version += 1
+                    return
+
     def gone(self, ino: int) -> None:
         """Its last name is lost. What waits to be replaced keeps its data: it may have to be the file again."""
         if not self.renames.is_victim(ino):
@@ -209,7 +221,7 @@ class CachedFileSystem(StoreFileSystem):
     def _kept(self, ino: int) -> None:
         """What was to be replaced is the file again."""
         try:
-            self.changed(ino, self.store.getattr(ino))
+            self.renewed(ino)
         except OSError as e:
             log.warning("node %d is not replaced, and its links are not known: %s", ino, e.strerror)
 

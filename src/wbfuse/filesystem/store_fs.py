@@ -109,6 +109,9 @@ class StoreFileSystem(FileSystem):
     def changed(self, ino: int, attr: Attr) -> None:
         """The store's attributes of `ino` are new."""
 
+    def renewed(self, ino: int) -> None:
+        """The store's attributes of `ino` may be new."""
+
     def gone(self, ino: int) -> None:
         """The last link of `ino` was removed."""
 
@@ -168,7 +171,7 @@ class StoreFileSystem(FileSystem):
             return None
 
         found = self._intents.once(request, lambda: self.store.link(nodeid, request.nodeid, name), linked)
-        self.changed(*found)
+        self.renewed(found[0])
         return self._entry(found)
 
     def readlink(self, request: Request) -> bytes:
@@ -228,7 +231,7 @@ class StoreFileSystem(FileSystem):
             self.gone(ino)
         elif ino:
             try:
-                self.changed(ino, self.store.getattr(ino))
+                self.renewed(ino)
             except OSError as e:
                 if e.errno not in (errno.ESTALE, errno.ENOENT):
                     raise

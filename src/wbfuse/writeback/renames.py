@@ -340,10 +340,16 @@ class DeferredRenames:
             yield entry
 
     def getattr(self, ino: int, nowait: bool = False) -> Attr:
-        return self._shown((ino, self._store.getattr(ino, nowait)))[1]
+        if ino not in self._victims:
+            return self._store.getattr(ino, nowait)
+        if nowait:
+            raise BlockingIOError(errno.EAGAIN, "it is being replaced")
+        with self._lock:  # the store's count and what is taken off it are of one moment
+            return self._shown((ino, self._store.getattr(ino)))[1]
 
     def setattr(self, ino: int, change: Change) -> Attr:
-        return self._shown((ino, self._store.setattr(ino, change)))[1]
+        attr = self._store.setattr(ino, change)
+        return self.getattr(ino) if ino in self._victims else attr
 
     # making
 

@@ -100,12 +100,11 @@ class Directory:
         self.trouble = ""
         """Why it cannot be read."""
         try:
-            self._find()
+            self.look()
         except LogError as e:
             if fd is None:
                 raise
             self.trouble = str(e)
-            self._at, self._free = {}, []
 
     @staticmethod
     def _open(path: str, make: bool) -> int:
@@ -198,27 +197,32 @@ class Directory:
     def _names(self) -> list[str]:
         return sorted(name for name in os.listdir(self.fd) if name.endswith(_SUFFIX))
 
-    def _find(self) -> None:
-        """What stands in which file, and which files are free: those that the manifest's epoch does not need."""
+    def look(self) -> None:
+        """See what stands in which file, and which files are free: those that the manifest's epoch does not need.
+
+        Raises LogError, and nothing is known then.
+        """
+        self._at, self._free = {}, []
         try:
             manifest = self.manifest()
+            self.trouble = ""
         except LogError as e:
             manifest = None  # who wants it will be told
             self.trouble = str(e)
-        found: dict[tuple[int, int], str] = {}
-        heads: dict[int, tuple[int, int]] = {}
-        self._free = []
-        for name, header in self._headers():
-            if header is None:
+        headers = self._headers()
+        self.newest_epoch = max((header.epoch for _, header in headers if header is not None), default=0)
+        counts = manifest is not None and not manifest.get("ended")
+        whose = (manifest["epoch"], uuid.UUID(manifest["uuid"]).bytes) if manifest is not None and counts else None
+        mine = {name: h for name, h in headers if h is not None and (h.epoch, h.uuid) == whose}
+        head = max(((h.number, h.head) for h in mine.values()), default=(0, 0))[1]
+        for name, _ in headers:
+            h = mine.get(name)
+            if h is None or h.number < head:
                 self._free.append(name)
-                continue
-            found[header.epoch, header.number] = name
-            heads[header.epoch] = max(heads.get(header.epoch, (0, 0)), (header.number, header.head))
-        epoch = manifest["epoch"] if manifest is not None and not manifest.get("ended") else 0
-        head = heads.get(epoch, (0, 0))[1]
-        self.newest_epoch = max(heads, default=0)
-        self._at = {key: name for key, name in found.items() if key[0] == epoch and key[1] >= head}
-        self._free += [name for key, name in found.items() if key not in self._at]
+            elif (h.epoch, h.number) in self._at:
+                raise LogError(f"{self.path}: is damaged: chunk {h.number} is there twice")
+            else:
+                self._at[h.epoch, h.number] = name
 
     def _headers(self) -> list[tuple[str, Header | None]]:
         """Of each file. Raises LogError."""
@@ -234,12 +238,9 @@ class Directory:
 
     def damage(self, manifest: dict[str, Any]) -> str:
         """What is missing of the files that were there when a manifest was published; empty where nothing is."""
-        names = self._names()
-        missing, least = int(manifest.get("files", 0)) - len(names), int(manifest.get("bytes", 0))
-        short = [name for name in names if self._size(name) < least]
-        if missing > 0:
-            return f"{missing} of its files are missing"
-        return f"{short[0]} was cut short" if short else ""
+        least = int(manifest.get("bytes", 0))
+        missing = int(manifest.get("files", 0)) - sum(self._size(name) >= least for name in self._names())
+        return f"{missing} of its files are missing or were cut short" if missing > 0 else ""
 
     def _page(self, name: str) -> bytes:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)

@@ -43,8 +43,10 @@ class Chunk(Protocol):
 class Directory(Protocol):
     """As directory.Directory has it."""
 
-    @property
-    def newest_epoch(self) -> int: ...
+    newest_epoch: int
+    trouble: str
+
+    def look(self) -> None: ...
     def publish(self, manifest: dict[str, Any]) -> None: ...
     def withdraw(self) -> None: ...
     def chunks(self) -> list[tuple[int, int]]: ...
@@ -93,7 +95,7 @@ class Stream:
 
     def begin(self) -> None:
         """The next epoch."""
-        self.epoch += 1
+        self.epoch = max(self.epoch, self._directory.newest_epoch) + 1
         self.written.clear()
         self._since.clear()
         self._roll()

@@ -30,7 +30,7 @@ from typing import Any
 
 from wbfuse.journal import Journal
 from wbfuse.writeback.disk.stream import Directory, Stream
-from wbfuse.writeback.log import Log, Segment
+from wbfuse.writeback.log import Log, LogError, Segment
 
 log = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ class DiskLog:
     def _turn(self) -> bool:
         """Wait for something to do and do it. False: it is over."""
         with self._mutex:
-            while not (self._dirty or self._stopping):
+            while self.state is State.CURRENT and not (self._dirty or self._stopping):
                 if not self._wake.wait(None if self._stream.unsynced_since is None else _IDLE):
                     break
             if not (self._waiting or self._stopping) and self._dirty:
@@ -260,6 +260,11 @@ class DiskLog:
         """A new epoch: everything is written again, and counts once it is durable."""
         with self._mutex:
             self.state = State.BEGINNING  # from here on the store gets nothing that is not here
+        if self._directory.trouble:  # nobody knows what stands there, and an epoch must not be begun twice
+            try:
+                self._directory.look()
+            except LogError as e:
+                raise OSError(errno.EIO, str(e)) from e
         old = self._directory.chunks()
         with self._lock:
             for s in self._log.segments:
