@@ -116,6 +116,10 @@ class SimDirectory:
         self._steps()
         self.remove(self.chunks())
 
+    def noted(self) -> bool:
+        self._fault()
+        return self.note
+
     def remember(self) -> None:
         self._steps()
         self._fault()

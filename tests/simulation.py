@@ -282,7 +282,8 @@ class Machine:
             self.directory.look()
             self.cache.disk = self.disk = SimDisk(
                 self.directory, self.cache.log, self.journal, self.cache.lock, self.cache.freed, {"uuid": "0" * 32},
-                self.directory.remember, self.directory.forget, self.directory.counts,
+                self.directory.noted, self.directory.remember, self.directory.forget,
+                self.directory.manifest() is not None,
             )  # fmt: skip
 
     def _power_cut(self) -> None:

@@ -20,7 +20,7 @@ from wbfuse.journal import Journal, Kind
 from wbfuse.writeback.disk import format as stream
 from wbfuse.writeback.disk.directory import Directory
 from wbfuse.writeback.disk.load import load, restore_log
-from wbfuse.writeback.disk.writer import DiskLog
+from wbfuse.writeback.disk.writer import DiskLog, State
 from wbfuse.writeback.log import Log, LogError
 
 MANIFEST = {"source": "x", "uuid": "0" * 32, "identity": [1]}
@@ -32,7 +32,7 @@ def made(directory: object, count: int = 40, seed: int = 1, trouble: str = "") -
     log_, journal = Log(4 << 20, 1 << 18), Journal()
     writer = DiskLog(
         directory, log_, journal, threading.Lock(), lambda _freed: None, MANIFEST,  # type: ignore[arg-type]
-        lambda: None, lambda: None, counts=False, trouble=trouble,
+        lambda: False, lambda: None, lambda: None, there=False, trouble=trouble,
     )  # fmt: skip
     journal.put(Kind.LOG, 0, bytes(16))
     for n in range(count):
@@ -235,7 +235,7 @@ def test_who_waits_for_a_log_that_cannot_be_written_for_a_while_waits_no_longer(
     journal.put(Kind.LOG, 0, bytes(16))
     writer = DiskLog(
         SimDirectory(lambda: None, lambda: None), log_, journal, threading.Lock(), lambda _freed: None, MANIFEST,
-        lambda: None, lambda: None, counts=True,
+        lambda: True, lambda: None, lambda: None, there=True,
     )  # fmt: skip
     waits = threading.Thread(target=writer.wait, daemon=True)
     writer.start()
@@ -243,6 +243,33 @@ def test_who_waits_for_a_log_that_cannot_be_written_for_a_while_waits_no_longer(
     waits.join(20)
     assert not waits.is_alive()
     writer.stop()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_store_that_does_not_answer_for_its_note_costs_neither_the_log_nor_its_room(there: bool) -> None:
+    directory = SimDirectory(lambda: None, lambda: None)
+    made(directory)
+    directory.look()
+    files = len(directory.files)
+    left = [OSError(5, "by the test")] * 10
+
+    def asked() -> bool:
+        if left:
+            raise left.pop()
+        return there
+
+    log_, journal = Log(4 << 20, 1 << 18), Journal()
+    journal.put(Kind.LOG, 0, bytes(16))
+    writer = DiskLog(
+        directory, log_, journal, threading.Lock(), lambda _freed: None, MANIFEST, asked, lambda: asked() and None,
+        directory.forget, there=there,
+    )  # fmt: skip
+    while left:
+        writer.step(sync=True)
+        assert not there or directory.manifest() is not None
+    writer.step(sync=True)
+    assert writer.state is State.CURRENT
+    assert len(directory.files) <= files + 1
 
 
 def test_an_epoch_is_not_begun_twice_where_a_directory_could_not_be_read_for_a_while(

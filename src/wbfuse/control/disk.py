@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -145,17 +144,17 @@ class LogDirectory:
         if self._first:
             self.directory.reserve(*chunks_of(Geometry(*cache.log.asked)))
         note = self.note
-        counts, trouble = self._there, self.directory.trouble
-        with contextlib.suppress(OSError):  # where it cannot be told, it may
-            counts = counts and store.noted_log() == note
+
+        def noted() -> bool:
+            return store.noted_log() == note
 
         def remember() -> None:
-            if store.noted_log() != note:
+            if not noted():
                 store.note_log(note)
 
         return DiskLog(
-            self.directory, cache.log, cache.journal, cache.lock, cache.freed, self._manifest, remember,
-            lambda: store.note_log(None), counts, trouble,
+            self.directory, cache.log, cache.journal, cache.lock, cache.freed, self._manifest, noted, remember,
+            lambda: store.note_log(None), self._there, self.directory.trouble,
         )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 from wbfuse.journal import Journal
 from wbfuse.writeback.disk.stream import Directory, Stream
@@ -44,6 +44,13 @@ _TRIES = 3
 """How often a new epoch is begun before the older one, which the store waits for, is withdrawn."""
 
 
+T = TypeVar("T")
+
+
+class _StoreError(OSError):
+    """The store does not answer for its note: no fault of the log's, which stays as it is."""
+
+
 class State(Enum):
     BEGINNING = "beginning"
     """A new epoch is being written; what counts on disk is an older one, or nothing."""
@@ -57,18 +64,19 @@ class State(Enum):
 class DiskLog:
     """Copies `log` and `journal` to `directory`. `lock` guards the log; `freed` is told when a segment became free.
 
-    `manifest` is what to publish; `start` runs the writer in a thread of its own. `remember` and `forget` have the
-    source note durably that it has this log, or none: a log counts only where manifest and note agree. Raise OSError.
+    `manifest` is what to publish; `start` runs the writer in a thread of its own. `noted` says whether the source has a
+    note of this log; `remember` and `forget` have it note durably that it has, or has none: a log counts only where
+    manifest and note agree. They raise OSError.
 
-    `counts`: there is one that does. `trouble`: why that cannot be told, which is an error of its disk.
+    `there`: there is a manifest. `trouble`: why that cannot be told, which is an error of its disk.
     """
 
     def __init__(
         self, directory: Directory, log_: Log, journal: Journal, lock: threading.Lock, freed: Callable[[bool], None],
-        manifest: dict[str, Any], remember: Callable[[], None], forget: Callable[[], None], counts: bool,
-        trouble: str = "", clock: Callable[[], float] = time.monotonic,
+        manifest: dict[str, Any], noted: Callable[[], bool], remember: Callable[[], None],
+        forget: Callable[[], None], there: bool, trouble: str = "", clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        self._remember, self._forget = remember, forget
+        self._noted, self._remember, self._forget = noted, remember, forget
         self._clock = clock
         self.on_defect: Callable[[], None] | None = None
         """Called, from the writer's thread, when it cannot go on."""
@@ -96,12 +104,12 @@ class DiskLog:
         self.error = trouble
         """Why nothing can be written; empty while it can."""
         self.state = State.WITHDRAWING if trouble else State.BEGINNING
-        self._older = counts
+        self._older = there or bool(trouble)
         """An epoch before this one counts on disk, and the store has nothing that it does not know of."""
         self._tries = 0
         """How often it has waited for a new one in vain."""
         self._published = False
-        """Nobody knows whether a manifest names the epoch that is being begun."""
+        """A manifest may name the epoch that is being begun."""
         self._thread = threading.Thread(target=self._run, name="disk-log", daemon=True)
         journal.on_append = self._appended
         log_.on_stamp = self._stamped
@@ -260,11 +268,16 @@ class DiskLog:
         """A new epoch: everything is written again, and counts once it is durable."""
         with self._mutex:
             self.state = State.BEGINNING  # from here on the store gets nothing that is not here
+        self._published = False
         if self._directory.trouble:  # nobody knows what stands there, and an epoch must not be begun twice
+            if self._older:
+                raise OSError(errno.EIO, self._directory.trouble)  # it is to be withdrawn first
             try:
                 self._directory.look()
             except LogError as e:
                 raise OSError(errno.EIO, str(e)) from e
+        if self._older and not self._ask_store(self._noted):
+            self._older = False
         old = self._directory.chunks()
         with self._lock:
             for s in self._log.segments:
@@ -279,13 +292,19 @@ class DiskLog:
         # note is there, a manifest that has only begun is of no log.
         self._published = True
         self._directory.publish(self._manifest | {"epoch": self._stream.epoch, "begun": True})
-        self._remember()
-        self._directory.publish(self._manifest | {"epoch": self._stream.epoch})
         self._directory.remove(old)
+        self._ask_store(self._remember)
+        self._directory.publish(self._manifest | {"epoch": self._stream.epoch})
         with self._mutex:
             self.state, self.error, self._older, self._tries = State.CURRENT, "", True, 0
-            self._published = False
         self._sync()
+
+    @staticmethod
+    def _ask_store(act: Callable[[], T]) -> T:
+        try:
+            return act()
+        except OSError as e:
+            raise _StoreError(e.errno, e.strerror) from e
 
     def _break(self, error: OSError) -> None:
         """It cannot be written. What is there is older than the store soon: it must not count when anybody goes on."""
@@ -297,7 +316,7 @@ class DiskLog:
         if self.state is State.BEGINNING:
             if not self._published:
                 self._directory.remove(chunk for chunk in self._directory.chunks() if chunk[0] == self._stream.epoch)
-            self._tries += 1
+            self._tries += not isinstance(error, _StoreError)
             if self._older and self._tries < _TRIES:
                 return  # it counts, and is all that there is: the store waits until this works
         with self._mutex:
@@ -315,6 +334,7 @@ class DiskLog:
         if len(errors) == 2:
             log.error("the log on disk cannot be withdrawn: %s; write-back waits", errors[0])
             return
+        self._directory.remove(self._directory.chunks())
         with self._mutex:
             self.state, self._older = State.BROKEN, False
         self._answer_all(errno.EIO)
