@@ -108,6 +108,8 @@ class DiskLog:
         """An epoch before this one counts on disk, and the store has nothing that it does not know of."""
         self._tries = 0
         """How often it has waited for a new one in vain."""
+        self._before: list[tuple[int, int]] = []
+        """The chunks that were there when an epoch was begun."""
         self._published = False
         """A manifest may name the epoch that is being begun."""
         self._thread = threading.Thread(target=self._run, name="disk-log", daemon=True)
@@ -268,7 +270,7 @@ class DiskLog:
         """A new epoch: everything is written again, and counts once it is durable."""
         with self._mutex:
             self.state = State.BEGINNING  # from here on the store gets nothing that is not here
-        self._published = False
+        self._before, self._published = self._directory.chunks(), False
         if self._directory.trouble:  # nobody knows what stands there, and an epoch must not be begun twice
             if self._older:
                 raise OSError(errno.EIO, self._directory.trouble)  # it is to be withdrawn first
@@ -278,7 +280,7 @@ class DiskLog:
                 raise OSError(errno.EIO, str(e)) from e
         if self._older and not self._ask_store(self._noted):
             self._older = False
-        old = self._directory.chunks()
+        self._before = self._directory.chunks()
         with self._lock:
             for s in self._log.segments:
                 s.copied = 0
@@ -292,7 +294,7 @@ class DiskLog:
         # note is there, a manifest that has only begun is of no log.
         self._published = True
         self._directory.publish(self._manifest | {"epoch": self._stream.epoch, "begun": True})
-        self._directory.remove(old)
+        self._directory.remove(self._before)
         self._ask_store(self._remember)
         self._directory.publish(self._manifest | {"epoch": self._stream.epoch})
         with self._mutex:
@@ -315,7 +317,7 @@ class DiskLog:
             self.error = error.strerror or str(error)
         if self.state is State.BEGINNING:
             if not self._published:
-                self._directory.remove(chunk for chunk in self._directory.chunks() if chunk[0] == self._stream.epoch)
+                self._directory.remove(chunk for chunk in self._directory.chunks() if chunk not in self._before)
             self._tries += not isinstance(error, _StoreError)
             if self._older and self._tries < _TRIES:
                 return  # it counts, and is all that there is: the store waits until this works
