@@ -37,7 +37,7 @@ from wbfuse.writeback.cache import WritebackCache
 from wbfuse.writeback.cached_file import File
 from wbfuse.writeback.cleaner import clean
 from wbfuse.writeback.disk.load import load
-from wbfuse.writeback.disk.writer import DiskLog
+from wbfuse.writeback.disk.writer import Answer, DiskLog
 from wbfuse.writeback.engine import Engine
 from wbfuse.writeback.extents import HOLE
 from wbfuse.writeback.file import STORE
@@ -162,12 +162,12 @@ class SimDisk(DiskLog):
     """Its thread is whoever waits."""
 
     def wait(self, sequence: int | None = None) -> None:
-        ended: list[int] = []
-        if not self.when_durable(ended.append, sequence):
-            while not ended:
-                self.step(sync=True)
-            if ended[0] and not self.broken:
-                raise OSError(ended[0], "the log on disk does not answer")
+        answers: list[Answer] = []
+        answer = self.when_durable(answers.append, sequence)
+        while answer is None and not answers:
+            self.step(sync=True)
+        if (answer or answers[0]) is Answer.ABANDONED:
+            raise OSError(errno.EIO, "the log on disk does not answer")
 
 
 @contextmanager
@@ -274,6 +274,8 @@ class Machine:
         self.engine = Engine(self.cache, EXPIRE, committers=0)
         if fresh:
             self._fds = {"journal": os.dup(self.journal.fd), "log": os.dup(self.cache.log.fd)}
+            if self.directory is not None:
+                self.store.durable |= self.store.files  # as Mount does
         else:
             for ino, records in self.cache.inherited().items():
                 self.engine.take_over(ino, records)
@@ -473,12 +475,11 @@ class Machine:
             except OSError as e:
                 said.append(e.errno or errno.EIO)
                 return True
-        if not self.disk.when_durable(said.append, self.cache.newest(f)):
-            while not said:
-                self.disk.step(sync=True)
-            if said.pop():
-                return False
-        return not self.disk.broken
+        answers: list[Answer] = []
+        answer = self.disk.when_durable(answers.append, self.cache.newest(f))
+        while answer is None and not answers:
+            self.disk.step(sync=True)
+        return (answer or answers[0]) is Answer.DURABLE
 
     def _drive(self) -> None:
         """Write-back goes on; where nothing is due, time does."""

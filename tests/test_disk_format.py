@@ -20,7 +20,7 @@ from wbfuse.journal import Journal, Kind
 from wbfuse.writeback.disk import format as stream
 from wbfuse.writeback.disk.directory import Directory
 from wbfuse.writeback.disk.load import load, restore_log
-from wbfuse.writeback.disk.writer import DiskLog, State
+from wbfuse.writeback.disk.writer import Answer, DiskLog, State
 from wbfuse.writeback.log import Log, LogError
 
 MANIFEST = {"source": "x", "uuid": "0" * 32, "identity": [1]}
@@ -304,3 +304,40 @@ def test_what_stands_behind_a_hole_is_read_where_somebody_recovers(whole: bytes)
     assert "damaged at byte" in read.warning
     assert read.batch == sound.batch
     assert read.batches == sound.batches - 1
+
+
+def test_whoever_waits_for_a_log_that_is_given_up_may_go_on_though_it_begins_anew_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was decided is what he is told, not what the state is when he looks."""
+    log_, journal = Log(4 << 20, 1 << 18), Journal()
+    journal.put(Kind.LOG, 0, bytes(16))
+    directory = SimDirectory(lambda: None, lambda: None)
+    writer = DiskLog(
+        directory, log_, journal, threading.Lock(), lambda _freed: None, MANIFEST, lambda: directory.note,
+        directory.remember, directory.forget, there=False, trouble="by the test",
+    )  # fmt: skip
+    answers: list[Answer] = []
+    assert writer.when_durable(answers.append) is None
+    writer.step(sync=True)
+    assert answers == [Answer.BROKEN]
+    assert writer.state is State.CURRENT
+    assert writer.when_durable(answers.append, 0) is Answer.DURABLE
+
+
+def test_a_full_disk_keeps_the_room_of_a_manifest_that_is_withdrawn(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    directory = Directory(str(path), make=True)
+    directory.reserve(1, 1 << 20)
+
+    def room() -> int:
+        return sum(os.stat(path / name).st_blocks for name in os.listdir(path) if name.startswith((".m", "m")))
+
+    before = room()
+    for _ in range(3):
+        directory.publish(MANIFEST | {"epoch": 1})
+        directory.publish(MANIFEST | {"epoch": 2})
+        assert room() == before
+        directory.withdraw()
+        assert room() == before
+    assert directory.manifest() is None

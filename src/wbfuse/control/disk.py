@@ -146,10 +146,10 @@ class LogDirectory:
         note = self.note
 
         def noted() -> bool:
-            return store.noted_log() == note
+            return is_note_of(store.noted_log(), self.uuid)
 
         def remember() -> None:
-            if not noted():
+            if store.noted_log() != note:
                 store.note_log(note)
 
         return DiskLog(

@@ -176,6 +176,8 @@ class Mount:
                 self.fs.take_over()
             if loaded is not None and self.cache is not None:
                 self.brought_in = self.cache.unwritten
+            elif first and self._log_dir is not None:
+                self._make_durable()
             self._begin_log()
             lifeline = kept.get("lifeline") or _pipe_without_reader()
             self.session, self.path = self._connect(agreed, lifeline)
@@ -285,6 +287,13 @@ class Mount:
             return
         name, how = self.spec.name, unwritten(note, anywhere=True)
         raise LogError(f"{name}: the last mount may have left data in {how}; or give it up: wbfuse recover --of {name}")
+
+    def _make_durable(self) -> None:
+        """The history of a log begins with what no power cut can take. Raises LogError."""
+        try:
+            self._store.sync_all()
+        except OSError as e:
+            raise LogError(f"{self.spec.name}: cannot be made durable, which a log needs: {e.strerror}") from e
 
     def _begin_log(self) -> None:
         if self._log_dir is not None and self.cache is not None:

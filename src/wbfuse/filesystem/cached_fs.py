@@ -53,6 +53,7 @@ from wbfuse.wire.negotiate import Agreement
 from wbfuse.wire.types import Attr, Entry, Opened
 from wbfuse.writeback.cache import FULL, WritebackCache
 from wbfuse.writeback.cached_file import File
+from wbfuse.writeback.disk.writer import Answer
 from wbfuse.writeback.engine import Engine
 from wbfuse.writeback.extents import HOLE
 from wbfuse.writeback.file import STORE
@@ -546,14 +547,20 @@ class CachedFileSystem(StoreFileSystem):
                 request.answer(value)
 
         request.park(on_interrupt=lambda: self._interrupted(request, f, done))
+
+        def by_disk(answer: Answer) -> None:
+            if answer is Answer.DURABLE:
+                request.answer(value)
+            else:
+                by_store()
+
         disk = self.cache.disk if by_log else None
         if disk is None:
             by_store()
-        elif disk.when_durable(lambda error: by_store() if error else request.answer(value), self.cache.newest(f)):
-            if disk.broken:
-                by_store()
-            else:
-                request.answer(value)
+            return
+        answer = disk.when_durable(by_disk, self.cache.newest(f))
+        if answer is not None:
+            by_disk(answer)
 
     def _interrupted(self, request: Request, f: File, done: Callable[[int], None]) -> None:
         self.cache.cancel(f, done)  # it may wait for the log on disk instead, or be answered just now

@@ -71,6 +71,7 @@ class Engine:
         self._watchers = 0
         """Committers that sleep with a time to wake."""
         self._stages = cache.store.capabilities.stages
+        self._atomic = cache.store.capabilities.atomic_commit
         self._stopping = False
         self._threads = [
             threading.Thread(target=self._commit_loop, name=f"committer-{i}", daemon=True) for i in range(committers)
@@ -213,7 +214,8 @@ class Engine:
         if work:
             if self.cache.disk is not None:  # what the store has, the log on disk must know
                 try:
-                    self.cache.disk.wait(max(g.sequence for _, g, _ in work))
+                    # Of an atomic store also that of what it was given before: what is replayed over it must be newer.
+                    self.cache.disk.wait(None if self._atomic else max(g.sequence for _, g, _ in work))
                 except OSError as e:
                     return {f.ino: e.errno or errno.EIO for f, _, _ in work}
             with self.cache.lock:

@@ -28,9 +28,10 @@ from wbfuse.writeback.disk.format import PAGE, DamagedError, Header
 from wbfuse.writeback.log import LogError
 
 MANIFEST = "manifest.json"
-_NEW = ".manifest"
+_NEW, _OLD = ".manifest", ".manifest.old"
+"""Where the next one is written, and where one that is withdrawn goes, whose room it is."""
 _SUFFIX = ".chunk"
-_KNOWN = (MANIFEST, _NEW, "lost+found")
+_KNOWN = (MANIFEST, _NEW, _OLD, "lost+found")
 _MOST_BUFFERS = 1024
 """IOV_MAX."""
 
@@ -171,24 +172,20 @@ class Directory:
             syscalls.renameat2(self.fd, os.fsencode(_NEW), self.fd, os.fsencode(MANIFEST), RENAME_EXCHANGE)
         except FileNotFoundError:
             os.rename(_NEW, MANIFEST, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-            with contextlib.suppress(OSError):  # room for the next one, while there is some
-                fd = os.open(_NEW, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
-                try:
-                    os.posix_fallocate(fd, 0, PAGE)
-                finally:
-                    os.close(fd)
+            with contextlib.suppress(FileNotFoundError):  # the room for the next one
+                os.rename(_OLD, _NEW, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         self.sync()
 
     def withdraw(self) -> None:
         """From here on there is no log; its chunks are free. Raises OSError."""
         with contextlib.suppress(FileNotFoundError):
-            os.rename(MANIFEST, _NEW, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            os.rename(MANIFEST, _OLD, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         self.sync()
         self.remove(self.chunks())
 
     def clear(self) -> None:
         """Give all room back, after `withdraw`. Raises OSError."""
-        for name in [*self._names(), _NEW]:
+        for name in [*self._names(), _NEW, _OLD]:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=self.fd)
 
@@ -203,12 +200,12 @@ class Directory:
         Raises LogError, and nothing is known then.
         """
         self._at, self._free = {}, []
+        trouble = ""
         try:
             manifest = self.manifest()
-            self.trouble = ""
         except LogError as e:
             manifest = None  # who wants it will be told
-            self.trouble = str(e)
+            trouble = str(e)
         headers = self._headers()
         self.newest_epoch = max((header.epoch for _, header in headers if header is not None), default=0)
         counts = manifest is not None and not manifest.get("ended")
@@ -223,6 +220,7 @@ class Directory:
                 raise LogError(f"{self.path}: is damaged: chunk {h.number} is there twice")
             else:
                 self._at[h.epoch, h.number] = name
+        self.trouble = trouble
 
     def _headers(self) -> list[tuple[str, Header | None]]:
         """Of each file. Raises LogError."""
@@ -269,15 +267,21 @@ class Directory:
             for _ in range(missing):
                 self._free.append(self._make())
             for name in self._free:  # they may be those of a smaller log
-                fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
-                try:
-                    os.posix_fallocate(fd, 0, size)
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
+                self._allocate(name, size)
+            for name in (_NEW, _OLD):  # one to write, and one that the first may come to stand in the place of
+                self._allocate(name, PAGE)
             self.sync()
         except OSError as e:
             raise LogError(f"{self.path}: {e.strerror}") from e
+
+    def _allocate(self, name: str, size: int) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(name, flags, 0o600, dir_fd=self.fd)
+        try:
+            os.posix_fallocate(fd, 0, size)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
     def _make(self) -> str:
         name = f"{secrets.token_hex(8)}{_SUFFIX}"

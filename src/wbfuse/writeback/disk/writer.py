@@ -26,6 +26,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from enum import Enum
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from wbfuse.journal import Journal
@@ -61,6 +62,16 @@ class State(Enum):
     """Nothing counts on disk, so nothing can be promised."""
 
 
+class Answer(Enum):
+    """To who waits until something is durable here."""
+
+    DURABLE = "durable"
+    BROKEN = "broken"
+    """Nothing counts here any more: the store may be given everything, and durable is what it has made so."""
+    ABANDONED = "abandoned"
+    """It is not, and the log counts: whoever would give it to the store must not."""
+
+
 class DiskLog:
     """Copies `log` and `journal` to `directory`. `lock` guards the log; `freed` is told when a segment became free.
 
@@ -93,7 +104,7 @@ class DiskLog:
         """Journal records that no batch has taken yet."""
         self._dirty = False
         """Something is new."""
-        self._waiting: deque[tuple[int, Callable[[int], None]]] = deque()
+        self._waiting: deque[tuple[int, Callable[[Answer], None]]] = deque()
         """(batch, done) of those who wait until a batch is durable, in order."""
         self._batch = 0
         """The one that was taken last."""
@@ -169,22 +180,23 @@ class DiskLog:
     def broken(self) -> bool:
         return self.state is State.BROKEN
 
-    def when_durable(self, done: Callable[[int], None], sequence: int | None = None) -> bool:
-        """Call `done` once everything accepted so far (or up to a sequence) is on disk, with 0 or an errno.
+    def when_durable(self, done: Callable[[Answer], None], sequence: int | None = None) -> Answer | None:
+        """Call `done` once everything accepted so far (or up to a sequence) is on disk, or never will be.
 
-        Answers True, and never calls it, where that is so already, or the log is broken.
+        Answers at once, and never calls it, where that is known already.
         """
         with self._mutex:
-            if self.broken or (self.state is State.CURRENT and self._is_durable(sequence)):
-                return True
-            if not self._abandoned:
-                under_way = sequence is not None and sequence <= self._taken
-                self._waiting.append((self._batch + (not under_way), done))
-                self._dirty = True
-                self._wake.notify_all()
-                return False
-        done(errno.EIO)
-        return False
+            if self.broken:
+                return Answer.BROKEN
+            if self.state is State.CURRENT and self._is_durable(sequence):
+                return Answer.DURABLE
+            if self._abandoned:
+                return Answer.ABANDONED
+            under_way = sequence is not None and sequence <= self._taken
+            self._waiting.append((self._batch + (not under_way), done))
+            self._dirty = True
+            self._wake.notify_all()
+            return None
 
     def _is_durable(self, sequence: int | None) -> bool:
         """Held: mutex."""
@@ -194,30 +206,22 @@ class DiskLog:
 
     def wait(self, sequence: int | None = None) -> None:
         """Until the store may be given what was accepted so far, or up to a sequence. Raises EIO where it never may."""
-        answers: list[int] = []
-        ended = threading.Event()
-
-        def done(error: int) -> None:
-            answers.append(error)
-            ended.set()
-
-        if not self.when_durable(done, sequence):
-            ended.wait()
-            if answers[0] and not self.broken:
-                raise OSError(answers[0], "the log on disk does not answer")
+        answers: SimpleQueue[Answer] = SimpleQueue()
+        if (self.when_durable(answers.put, sequence) or answers.get()) is Answer.ABANDONED:
+            raise OSError(errno.EIO, "the log on disk does not answer")
 
     def abandon(self) -> None:
         """Nobody waits for it any more: the mount ends though it cannot be written. It still counts."""
         with self._mutex:
             self._abandoned = True
-        self._answer_all(errno.EIO)
+        self._answer_all(Answer.ABANDONED)
 
-    def _answer_all(self, error: int) -> None:
+    def _answer_all(self, answer: Answer) -> None:
         with self._mutex:
             waiting = [done for _, done in self._waiting]
             self._waiting.clear()
         for done in waiting:
-            done(error)
+            done(answer)
 
     # the thread
 
@@ -254,6 +258,8 @@ class DiskLog:
         try:
             if self.state is State.WITHDRAWING:
                 self._withdraw()
+            if self.state is State.WITHDRAWING:
+                return
             if self.state is not State.CURRENT:
                 self._begin()
             self._write_batch()
@@ -339,7 +345,7 @@ class DiskLog:
         self._directory.remove(self._directory.chunks())
         with self._mutex:
             self.state, self._older = State.BROKEN, False
-        self._answer_all(errno.EIO)
+        self._answer_all(Answer.BROKEN)
 
     def _write_batch(self) -> None:
         todo: list[tuple[Segment, int, int]] = []
@@ -376,7 +382,7 @@ class DiskLog:
             while self._waiting and self._waiting[0][0] <= number:
                 ready.append(self._waiting.popleft()[1])
         for done in ready:
-            done(0)
+            done(Answer.DURABLE)
 
     def _empty_oldest(self) -> None:
         """Write again what is alive in the oldest chunk, and remove it."""
