@@ -90,6 +90,9 @@ class SimDirectory:
                 found[header.epoch, header.number] = file
                 heads[header.epoch] = max(heads.get(header.epoch, (0, 0)), (header.number, header.head))
         epoch = self._manifest["epoch"] if self._manifest else 0
+        for (of, _), file in found.items():
+            if of == epoch:
+                file.sync()
         head = heads.get(epoch, (0, 0))[1]
         self._at = {key: file for key, file in found.items() if key[0] == epoch and key[1] >= head}
         self._free = [file for file in self.files if file not in self._at.values()]

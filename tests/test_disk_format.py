@@ -325,6 +325,25 @@ def test_whoever_waits_for_a_log_that_is_given_up_may_go_on_though_it_begins_ane
     assert writer.when_durable(answers.append, 0) is Answer.DURABLE
 
 
+def test_a_file_that_finds_no_room_does_not_stand_before_those_that_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = Directory(str(tmp_path / "log"), make=True)
+    directory.reserve(1, 1 << 20)
+    directory.create(1, 1, 1 << 20).close()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "by the test")
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match="by the test"):
+            directory.create(1, 2, 1 << 20)
+        directory.remove([(1, 1)])
+        directory.create(2, 1, 1 << 20).close()
+    assert len(list((tmp_path / "log").glob("*.chunk"))) == 1
+
+
 def test_a_full_disk_keeps_the_room_of_a_manifest_that_is_withdrawn(tmp_path: Path) -> None:
     path = tmp_path / "log"
     directory = Directory(str(path), make=True)

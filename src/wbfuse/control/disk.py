@@ -149,8 +149,7 @@ class LogDirectory:
             return is_note_of(store.noted_log(), self.uuid)
 
         def remember() -> None:
-            if store.noted_log() != note:
-                store.note_log(note)
+            store.note_log(note)  # also where it stands there: nobody knows whether it is durable
 
         return DiskLog(
             self.directory, cache.log, cache.journal, cache.lock, cache.freed, self._manifest, noted, remember,

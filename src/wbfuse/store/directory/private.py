@@ -15,6 +15,7 @@ PRIVATE = b".wbfuse"
 _ORPHANS = b"orphans"
 _LOG = b"log"
 DIR_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_READABLE = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MOST = 8192
 """Bytes of a note."""
 
@@ -52,13 +53,15 @@ class Private:
         """Store.note_log. Raises OSError."""
         if note is None:
             with contextlib.suppress(FileNotFoundError):
-                private = self._open()
-                os.unlink(_LOG, dir_fd=private.n)
+                private = self._open(_READABLE)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(_LOG, dir_fd=private.n)
+                os.fsync(private.n)  # it may stay, for its orphans
                 self._remove()
             os.fsync(self._root.n)
             return
         self._make()
-        private = self._open(os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        private = self._open(_READABLE)
         making = _LOG + b".new"
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         with os.fdopen(os.open(making, flags, 0o600, dir_fd=private.n), "w", encoding="utf-8") as out:

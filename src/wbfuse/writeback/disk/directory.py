@@ -211,6 +211,8 @@ class Directory:
         counts = manifest is not None and not manifest.get("ended")
         whose = (manifest["epoch"], uuid.UUID(manifest["uuid"]).bytes) if manifest is not None and counts else None
         mine = {name: h for name, h in headers if h is not None and (h.epoch, h.uuid) == whose}
+        for name in mine:  # the last header may be in the page cache only, and what it makes free is written over
+            self._make_durable(name)
         head = max(((h.number, h.head) for h in mine.values()), default=(0, 0))[1]
         for name, _ in headers:
             h = mine.get(name)
@@ -230,6 +232,17 @@ class Directory:
             raise LogError(f"{self.path}: a file of it cannot be read: {e.strerror}") from e
         except DamagedError as e:
             raise LogError(f"{self.path}: {e}") from e
+
+    def _make_durable(self, name: str) -> None:
+        """Raises LogError."""
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+            try:
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
+        except OSError as e:
+            raise LogError(f"{self.path}: a file of it cannot be synced: {e.strerror}") from e
 
     def _size(self, name: str) -> int:
         return os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_size
@@ -293,18 +306,21 @@ class Directory:
         """A chunk to be written anew, from its header on. Raises OSError."""
         there = self._names()
         self._free = [name for name in self._free if name in there]  # somebody may have removed some
-        if not self._free:
-            self._free.append(self._make())
-            self.sync()
-        name = self._free[-1]
+        whole = [name for name in self._free if self._size(name) >= size]
+        name = next(reversed(whole or self._free), None) or self._make()
         fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
         try:
             if os.fstat(fd).st_size < size:
                 os.posix_fallocate(fd, 0, size)
+                self.sync()
         except BaseException:
             os.close(fd)
+            if name not in self._free:
+                os.unlink(name, dir_fd=self.fd)
             raise
-        self._at[epoch, number] = self._free.pop()
+        if name in self._free:
+            self._free.remove(name)
+        self._at[epoch, number] = name
         return Chunk(fd, self._past_the_cache(name), size)
 
     def _past_the_cache(self, name: str) -> int | None:
